@@ -1,0 +1,735 @@
+"""The task, in plain Python: labels, data, prompts, parsing, rewards, metrics, JSONL and the chat API client.
+
+Imports neither torch nor transformers, so that 01 and 02 run on a laptop with openai, pillow, tqdm and Levenshtein alone.
+§, Eq. and App. refer to the paper (JMERE-R1); [ours] marks a decision where the paper is silent.
+
+    m  gold quintuples of one example        n  predicted quintuples, repeats counted
+"""
+import ast
+import functools
+import json
+import os
+import re
+import sys
+import unicodedata
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import Levenshtein
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+# ------------------------------------------------------------------------------------------------ errors and exit codes
+
+
+class InputError(Exception):
+    """Something the user can mend: wrong argument, file, image or model. One line; exit code 2."""
+
+    exit_code = 2
+
+
+class Stopped(Exception):
+    """The run stopped before its end for a reason outside the data: key, quota, budget. One line; exit code 3."""
+
+    exit_code = 3
+
+
+def cli(main):
+    """Decorate `main(args)`: exit codes 0 done, 1 some rows failed, 2 input, 3 stopped; no traceback for what a user can cause."""
+
+    @functools.wraps(main)
+    def run(args):
+        try:
+            code = main(args)
+        except (InputError, Stopped) as error:
+            rank = os.environ.get("RANK", "0")
+            print(f"{'' if rank == '0' else f'[rank {rank}] '}error: {error}", file=sys.stderr, flush=True)
+            code = error.exit_code
+        if code:
+            sys.exit(code)
+
+    return run
+
+
+# ------------------------------------------------------------------------------------------------ labels and normalisation
+
+TYPES = ("per", "org", "loc", "misc")
+RELATIONS = (
+    "parent", "siblings", "couple", "neighbor", "peer", "charges", "alumi", "alternate names", "place of residence",
+    "place of birth", "member of", "subsidiary", "locate at", "contain", "present in", "awarded", "race", "religion",
+    "nationality", "part of", "held on",
+)  # fmt: skip
+ALIASES = {"person": "per", "organization": "org", "organisation": "org", "location": "loc", "miscellaneous": "misc", "alumni": "alumi"}
+
+
+class Quintuple(NamedTuple):
+    """(e1, t1, e2, t2, r) of §2, already normalised: make one with `quintuple(...)`."""
+
+    head: str
+    head_type: str
+    tail: str
+    tail_type: str
+    relation: str
+
+
+def normalise_text(text):
+    """NFC, outer space stripped, inner runs of white space → one space; case kept.
+
+    >>> normalise_text("  Josh \\n Gordon ")
+    'Josh Gordon'
+    """
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+@functools.lru_cache(maxsize=1024)
+def normalise_label(label):
+    """A type or relation as the label set spells it; what is not in the set comes back folded, so it can be shown.
+
+    >>> normalise_label("Member_Of"), normalise_label("PERSON"), normalise_label("alumni")
+    ('member of', 'per', 'alumi')
+    """
+    label = normalise_text(label.replace("_", " ")).casefold()
+    return ALIASES.get(label, label)
+
+
+def quintuple(head, head_type, tail, tail_type, relation):
+    return Quintuple(
+        normalise_text(head), normalise_label(head_type), normalise_text(tail), normalise_label(tail_type), normalise_label(relation)
+    )
+
+
+# ------------------------------------------------------------------------------------------------ JSONL
+
+
+def read_jsonl(path):
+    """Yield (line number, row). Lines end at \\n alone: a tweet may hold U+2028. Raises InputError naming file and line."""
+    for number, row in _parsed_lines(path):
+        if isinstance(row, InputError):
+            raise row
+        if not isinstance(row, dict):
+            raise InputError(f"{path}:{number}: found a JSON {type(row).__name__}, expected an object {{…}} on every line")
+        yield number, row
+
+
+def _parsed_lines(path):
+    """Yield (number, value), or (number, InputError) for a line that is no JSON."""
+    for number, line in _lines(path):
+        try:
+            yield number, json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield number, InputError(f"{path}:{number}: not JSON ({error}): mend or delete this line")
+
+
+def _lines(path):
+    """Yield (number, line) of the non-blank lines."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="\n") as handle:
+            for number, line in enumerate(handle, 1):
+                if line.strip():
+                    yield number, line
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}): save the file as UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot read ({error.strerror})") from None
+
+
+def jsonl_line(row):
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def write_atomic(path, text):
+    """Replace `path` as a whole: a reader, or a run killed half way, sees the old file or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8", newline="\n") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)
+
+
+# ------------------------------------------------------------------------------------------------ data (SPEC §3)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tweet. `image` is a path usable from here; `quintuples` is None where the file has no gold; `row` keeps every field."""
+
+    id: str
+    text: str
+    image: str
+    quintuples: tuple[Quintuple, ...] | None
+    row: dict[str, Any] = field(default_factory=dict, repr=False)
+
+
+MADE_BY = {"cot": "01_distill.py", "candidate": "01_distill.py", "score": "02_filter.py"}  # else: the annotations themselves
+
+
+def load_examples(path, image_dir=None, need=(), key=("id",), skip_bad=False, merge_repeats=False):
+    """Read our JSONL, the JMERE release (one JSON list) or MNRE text (one Python literal a line); the content tells which.
+
+    need: fields every row must have besides id, text and image, such as ("quintuples",) or ("cot",).
+    key: the fields that together name a row once; ("id", "candidate") for the output of 01.
+    skip_bad: drop rows that are wrong, and say how many, instead of stopping at the first.
+    merge_repeats: join examples of the same text and image, as the V2 release does.
+    An image name is looked up in image_dir, else beside the file itself. Raises InputError: file, line, what is missing.
+    """
+    path = Path(path)
+    first = next(_lines(path), None)
+    if first is None:
+        raise InputError(f"{path}: empty file, expected our JSONL, a JMERE JSON list or MNRE text")
+    if first[1].lstrip()[0] == "[":
+        rows, convert = _jmere_rows(path), _from_jmere
+    elif _is_mnre(first[1]):
+        rows, convert = _mnre_rows(path), _from_jmere
+    else:
+        rows, convert = ((f"{path}:{number}", row) for number, row in _parsed_lines(path)), _from_jsonl
+    examples, seen, stems, bad = [], {}, Counter(), 0
+    for where, row in rows:
+        try:
+            if isinstance(row, InputError):
+                raise row
+            example = convert(where, row, stems, need)
+            name = tuple(example.row[field] for field in key)
+            if name in seen:
+                raise InputError(f"{where}: {', '.join(key)} {', '.join(map(str, name))} stands already at {seen[name]}, expected it once")
+        except InputError as error:
+            if not skip_bad:
+                raise
+            print(f"skipped: {error}", file=sys.stderr)
+            bad += 1
+            continue
+        seen[name] = where
+        examples.append(Example(example.id, example.text, find_image(example.image, image_dir, path), example.quintuples, example.row))
+    if bad:
+        print(f"{path}: {bad} bad rows skipped, {len(examples)} kept (--skip-bad)", file=sys.stderr)
+    if not examples:
+        raise InputError(f"{path}: no example in it")
+    return _merged(examples) if merge_repeats else examples
+
+
+def find_image(name, image_dir, path):
+    """image_dir/name where it exists, else beside `path` where it exists there; `name` itself where absolute."""
+    beside = Path(path).parent / name  # an absolute name stays itself: pathlib drops the left side
+    inside = Path(image_dir) / name if image_dir else beside
+    return str(beside if beside.exists() and not inside.exists() else inside)
+
+
+def to_row(example, out):
+    """The four input fields of `example` as our JSONL spells them, image path relative to the folder of `out`."""
+    row = {"id": example.id, "text": example.text, "image": os.path.relpath(example.image, Path(out).absolute().parent)}
+    return row if example.quintuples is None else {**row, "quintuples": [list(q) for q in example.quintuples]}
+
+
+def check_images(examples, skip_bad=False):
+    """Decode every image before anything is trained or paid for. Returns the examples whose image is good.
+
+    Raises InputError naming the first bad ids; with skip_bad drops them and says how many.
+    """
+    with ThreadPoolExecutor() as pool:  # PIL decodes without the GIL
+        faults = list(tqdm(pool.map(_image_fault, examples), total=len(examples), desc="check images", unit="img", disable=None))
+    bad = [(example, fault) for example, fault in zip(examples, faults) if fault]
+    if not bad:
+        return examples
+    shown = "; ".join(f"{example.id}: {fault}" for example, fault in bad[:3]) + ("; …" if len(bad) > 3 else "")
+    if not skip_bad or len(bad) == len(examples):
+        raise InputError(f"{len(bad)} of {len(examples)} images cannot be used: {shown} (check --image-dir, or drop them with --skip-bad)")
+    print(f"skipped {len(bad)} of {len(examples)} examples for their image: {shown} (--skip-bad)", file=sys.stderr)
+    return [example for example, fault in zip(examples, faults) if not fault]
+
+
+def _image_fault(example):
+    try:
+        load_image(example.image)
+    except InputError as error:
+        return str(error)
+
+
+def load_image(path):
+    """The image as RGB, turned the way its EXIF says. Raises InputError where it is missing, broken or absurdly large."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what PIL raises on broken files
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"unreadable image ({error})"
+        raise InputError(f"{path}: {reason}") from None
+
+
+def _jmere_rows(path):
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: begins like a JMERE file (one JSON list) but is not JSON: {error}") from None
+    for number, row in enumerate(rows, 1):
+        yield f"{path}: item {number}", row
+
+
+def _is_mnre(line):
+    try:
+        row = _literal(line)
+    except ValueError:
+        return line.lstrip().startswith("{'")  # meant as MNRE, broken: the error will say so
+    return isinstance(row, dict) and "token" in row and "relation" in row
+
+
+def _literal(line):
+    """A JSON object, or the Python literal MNRE writes. Raises ValueError."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        try:
+            return ast.literal_eval(line.strip())
+        except (SyntaxError, MemoryError, RecursionError) as error:
+            raise ValueError(str(error)) from None
+
+
+def _mnre_rows(path):
+    """MNRE lines joined into JMERE rows by the published rule, which reproduces the paper's split exactly (SPEC §3).
+
+    A typed line starts an example, which takes in each following line of the same text while typed; the first untyped
+    line of the same text is consumed and ends it; any other untyped line is skipped.
+    """
+    current = None  # the example being filled
+    for number, line in _lines(path):
+        where = f"{path}:{number}"
+        try:
+            row = _literal(line)
+            relation = row["relation"].split("/")  # '/per/org/member_of', or 'None'
+            token, img_id, names = row["token"], row["img_id"], [row[end]["name"] for end in "ht"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            yield where, InputError(f"{where}: not an MNRE line with token, h, t, img_id and relation ({type(error).__name__}: {error})")
+            continue
+        same, typed = current is not None and current["token"] == token, len(relation) == 4
+        if not (same and typed) and current is not None:
+            yield current["where"], current
+            current = None
+        if typed:
+            ends = [{"name": name, "tags": tag} for name, tag in zip(names, relation[1:3])]
+            label = [{"beg_ent": ends[0], "sec_ent": ends[1], "relation": relation[3]}]
+            current = current or {"token": token, "img_id": img_id, "label_list": [], "where": where}
+            current["label_list"].append(label)
+    if current is not None:
+        yield current["where"], current
+
+
+def _from_jmere(where, row, stems, need):
+    try:
+        text, image = " ".join(row["token"]), row["img_id"]
+        labels = [label for group in row["label_list"] for label in group]
+        parts = [(q["beg_ent"]["name"], q["beg_ent"]["tags"], q["sec_ent"]["name"], q["sec_ent"]["tags"], q["relation"]) for q in labels]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{where}: not a JMERE row with token, img_id and label_list ({type(error).__name__}: {error})") from None
+    stem = Path(image).stem
+    stems[stem] += 1
+    name = stem if stems[stem] == 1 else f"{stem}-{stems[stem]}"  # one image may serve several rows
+    fields = {"id": name, "text": text, "image": image, "quintuples": parts}
+    return _from_jsonl(where, fields, stems, need)
+
+
+def _from_jsonl(where, row, stems, need):
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: found a JSON {type(row).__name__}, expected an object with id, text and image")
+    for name in ("id", "text", "image", *need):
+        if row.get(name) is None or row[name] == "" and name in ("id", "image"):
+            raise InputError(f"{where}: missing {name!r} ({'made by ' + MADE_BY[name] if name in MADE_BY else 'part of the annotations'})")
+        if name in ("text", "image", "cot") and not isinstance(row[name], str):
+            raise InputError(f"{where}: {name!r} is a {type(row[name]).__name__}, expected a string")
+    gold = row.get("quintuples")
+    return Example(str(row["id"]), row["text"], row["image"], None if gold is None else _gold(where, gold), row)
+
+
+def _gold(where, items):
+    if not isinstance(items, list):
+        raise InputError(f"{where}: 'quintuples' is a {type(items).__name__}, expected a list [[e1, t1, e2, t2, r], …]")
+    out = []
+    for item in items:
+        if not (isinstance(item, list | tuple) and len(item) == 5 and all(isinstance(x, str) and x.strip() for x in item)):
+            raise InputError(f"{where}: quintuple {json.dumps(item, ensure_ascii=False)[:80]}, expected five non-empty strings")
+        q = quintuple(*item)
+        for label, known in ((q.head_type, TYPES), (q.tail_type, TYPES), (q.relation, RELATIONS)):
+            if label not in known:
+                raise InputError(f"{where}: unknown label {label!r}, expected one of: {', '.join(known)}")
+        out.append(q)
+    return tuple(out)
+
+
+def _merged(examples):
+    groups = {}
+    for example in examples:
+        groups.setdefault((example.text, example.image), []).append(example)
+    merged = []
+    for first, *others in groups.values():
+        gold = [q for example in (first, *others) for q in example.quintuples or ()]
+        quintuples = None if first.quintuples is None else tuple(dict.fromkeys(gold))
+        merged.append(Example(first.id, first.text, first.image, quintuples, first.row))
+    return merged
+
+
+# ------------------------------------------------------------------------------------------------ prompts
+# The paper prints the final lines of the reasoning prompt (App. E) and describes the others (§3.2, App. B, D); the wording
+# around them is [ours]. Every prompt is sent with the tweet's image before the text.
+
+LABELS = f"Entity types: {', '.join(TYPES)}.\nRelations: {', '.join(RELATIONS)}."
+TASK = (
+    "Extract every quintuple (head entity, head type, tail entity, tail type, relation) that the tweet and its image express together.\n"
+    "Copy entity names from the tweet.\n" + LABELS
+)
+ANSWER_FORM = "one quintuple a line as [head, head type, tail, tail type, relation], or [] if there is none"
+
+REASON_PROMPT = (  # App. E: text, image, type ranges; the think/answer sentence is the paper's
+    TASK + "\nTweet: {text}\n"
+    "First output the thinking process in <think> </think> tags and then output the final answer in <answer> </answer> tags. "
+    f"Write in the answer {ANSWER_FORM}."
+)
+DIRECT_PROMPT = TASK + f"\nTweet: {{text}}\nOutput only the final answer: {ANSWER_FORM}."  # SFT baseline and zero-shot, Tables 1 and 3
+
+COT_PARTS = ("Image Description", "Visual-Text Alignment", "Quintuple Reasoning")  # MP-CoT, §3.2
+DISTILL_PROMPT = (  # App. D: image, text and gold → the three parts of MP-CoT
+    "You write the reasoning by which a careful reader gets from a tweet and its image to its quintuples.\n"
+    + LABELS
+    + "\nTweet: {text}\nQuintuples:\n{gold}\n"
+    "Write exactly three parts, each beginning on a new line with its heading:\n"
+    "Image Description: what the image shows that matters here.\n"
+    "Visual-Text Alignment: which words of the tweet belong to which parts of the image.\n"
+    "Quintuple Reasoning: how entities, types and relations follow, step by step.\n"
+    "Be concise. Reason as if you found the quintuples yourself: never mention or hint that they were given. "
+    "Every quintuple above must follow from your reasoning, and no other."
+)
+REPREDICT_PROMPT = (  # App. B, Re-Prediction Filter: image, text and MP-CoT, no labels
+    TASK + "\nTweet: {text}\nReasoning of a colleague:\n{cot}\n"
+    f"Follow this reasoning and output only the quintuples it leads to: {ANSWER_FORM}."
+)
+
+SCORE_RULES = (  # App. B, Rule-Based Score Filter: (aspect, rule, most points); ten points in all
+    ("image description", "names the people, objects, places and writing in the image that matter for the tweet", 2),
+    ("image description", "says nothing about the image that it does not show", 2),
+    ("image-text association", "ties each entity of the tweet that is visible to the part of the image that shows it", 2),
+    ("image-text association", "says what the image adds to the text, or that it adds nothing", 1),
+    ("reasoning", "gives a reason for the type of every entity it uses", 1),
+    ("reasoning", "derives every relation from text or image in steps that follow", 2),
+)
+SCORE_PROMPT = (
+    "Score the reasoning that a model wrote about a tweet and its image. Be strict; judge only by these rules, in integers:\n"
+    + "\n".join(f"R{i} ({aspect}; 0 to {most}): {rule}." for i, (aspect, rule, most) in enumerate(SCORE_RULES, 1))
+    + "\n\nExample 1. Image: two footballers in red shirts shake hands. Tweet: Messi meets Xavi before the match\n"
+    "Image Description: Two football players in red shirts shake hands on a pitch.\n"
+    "Visual-Text Alignment: Messi and Xavi are the two players; the shared shirt shows one team, which the text does not say.\n"
+    "Quintuple Reasoning: Messi and Xavi are people, so per. They wear the same shirt and meet as equals, so they are peers.\n"
+    "Scores: R1=2 R2=2 R3=2 R4=1 R5=1 R6=2\n"
+    "Example 2. Image: a stadium at night. Tweet: Lakers back at Staples Center\n"
+    "Image Description: A basketball player holds a trophy in a stadium.\n"
+    "Visual-Text Alignment: Staples Center is the stadium.\n"
+    "Quintuple Reasoning: The Lakers are located at Staples Center.\n"
+    "Scores: R1=1 R2=0 R3=1 R4=0 R5=0 R6=1\n\n"
+    "Now score this one.\nTweet: {text}\n{cot}\n"
+    "Answer with one line in the form of the examples: Scores: " + " ".join(f"R{i}=…" for i in range(1, len(SCORE_RULES) + 1))
+)
+
+COT_HEADING = re.compile(r"^[ \t#*>\d.()-]*(Image Description|Visual-Text Alignment|Quintuple Reasoning)[ \t*]*:?[ \t*]*", re.I | re.M)
+
+
+def parse_cot(text):
+    """A teacher's MP-CoT → its canonical form, or None where it is malformed: the three parts, each once, in order, none empty.
+
+    A chain that holds one of our tags is malformed too: inside <think> it would break the response.
+
+    >>> parse_cot("**Image Description:** a man\\n**Visual-Text Alignment:** he is Bob\\n**Quintuple Reasoning:** so per")
+    'Image Description: a man\\nVisual-Text Alignment: he is Bob\\nQuintuple Reasoning: so per'
+    """
+    pieces = COT_HEADING.split(text)  # [before, heading, body, heading, body, heading, body]
+    headings, bodies = pieces[1::2], [body.strip().removesuffix("```").strip() for body in pieces[2::2]]
+    if [heading.casefold() for heading in headings] != [part.casefold() for part in COT_PARTS] or not all(bodies):
+        return None
+    if any(tag in text for tag in TAGS):
+        return None
+    return "\n".join(f"{part}: {body}" for part, body in zip(COT_PARTS, bodies))
+
+
+# ------------------------------------------------------------------------------------------------ answers (SPEC §4)
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+BRACKETS = "[](){}\"' \t\r,;"
+CLOSES = {"[": "]", "(": ")"}
+QUOTES = {'"': '"', "'": "'", "`": "`", "“": "”", "‘": "’", "*": "*"}
+BULLET = re.compile(r"(?:[-*•]|\d{1,3}[.)])\s+")
+FENCE = re.compile(r"^[ \t]*```[^\n\[({]*|```[ \t]*$", re.M)
+BOUNDARY = {"[": re.compile(r"\]\s*(?:[,;]\s*)?\["), "(": re.compile(r"\)\s*(?:[,;]\s*)?\(")}  # between two items of a line
+TYPE_SPELLINGS = frozenset((*TYPES, *(alias for alias, label in ALIASES.items() if label in TYPES)))
+
+
+class Response(NamedTuple):
+    think: str  # the reasoning, stripped; "" where there is none
+    answer: str  # the answer text, stripped
+    quintuples: tuple[Quintuple, ...]  # repeats kept, in order
+    malformed: int  # items that are no quintuple
+    well_formed: bool  # <think> </think> <answer> </answer>, each once, nothing around
+
+
+def format_answer(quintuples):
+    """The canonical answer: one `[e1, t1, e2, t2, r]` a line, `[]` for none. `parse_response` reads back exactly `quintuples`.
+
+    >>> print(format_answer([quintuple("Josh Gordon", "per", "Browns", "org", "member_of")]))
+    [Josh Gordon, per, Browns, org, member of]
+    """
+    return "\n".join(_format_item(q) for q in quintuples) or "[]"
+
+
+def _format_item(q):
+    line = f"[{', '.join(q)}]"
+    if _parse_line(line) == ([tuple(q)], 0) and not any(tag in line for tag in TAGS):
+        return line
+    quoted = ", ".join(json.dumps(part, ensure_ascii=False) for part in q)  # an entity that reads like syntax, such as 'a, per, b'
+    return f"[{quoted}]".replace("<", "\\u003c")
+
+
+def format_response(cot, quintuples):
+    """The training target of CoT-SFT, §3.2: reasoning first, then the answer."""
+    return f"<think>\n{cot}\n</think>\n<answer>\n{format_answer(quintuples)}\n</answer>"
+
+
+def parse_response(text, direct=False):
+    """What a model wrote → Response. One parser for filter, reward and evaluation; linear in the length of `text`.
+
+    direct: the prompt asked for no reasoning; the answer is the whole response, <answer> tags optional.
+    A response that is not well formed still gives what stands after its last <answer>, so that it can be scored as it is;
+    well_formed tells the reward. An item of five non-empty fields is a quintuple, be its labels known or not; any
+    other item counts in malformed, and so does an answer text with no item in it.
+
+    >>> parse_response("<think>x</think> <answer>[A, per, B, org, member_of]</answer>").quintuples[0].relation
+    'member of'
+    """
+    counts = [text.count(tag) for tag in TAGS]
+    think_end, answer_start = text.find("</think>"), text.rfind("<answer>")
+    think = text[: max(think_end, 0)].partition("<think>")[2].strip()
+    if answer_start >= 0:
+        answer = text[answer_start + len("<answer>") :].partition("</answer>")[0].strip()
+    else:
+        answer = text.strip() if direct else ""
+    if direct:
+        outside = not counts[2] or text.strip().startswith("<answer>") and text.strip().endswith("</answer>")
+        well_formed = outside and counts[:2] == [0, 0] and counts[2] == counts[3] <= 1
+    else:
+        bare = text.strip()
+        between = text[think_end + len("</think>") : answer_start]
+        well_formed = counts == [1, 1, 1, 1] and bare.startswith("<think>") and bare.endswith("</answer>")
+        well_formed = well_formed and think_end < answer_start and not between.strip() and bool(think)
+    quintuples, malformed = parse_answer(answer)
+    return Response(think, answer, tuple(quintuple(*item) for item in quintuples), malformed, well_formed)
+
+
+def parse_answer(answer):
+    """Answer text → (items as tuples of five strings, number of malformed items)."""
+    answer = FENCE.sub("", answer).strip()
+    if re.fullmatch(r"(?:\[\s*\])?", answer):
+        return [], 0
+    whole = _parse_json(answer)
+    found = [whole] if whole else [_parse_line(line) for line in answer.split("\n") if line.strip(BRACKETS)]
+    items, malformed = [item for items, _ in found for item in items], sum(bad for _, bad in found)
+    return items, malformed or int(not items)
+
+
+def _parse_json(text):
+    """Items of a JSON list of lists, objects or strings, or of one item; None where `text` is no JSON."""
+    if text[:1] not in ("[", "{"):
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(value, dict):  # {"quintuples": [...]}, or one item with its fields named
+        value = list(value.values())
+        value = value[0] if len(value) == 1 and isinstance(value[0], list) else value
+    if len(value) == 5 and not any(isinstance(x, list | dict) for x in value):
+        value = [value]
+    items, malformed = [], 0
+    for item in value:
+        if isinstance(item, str):
+            more, bad = _parse_line(item)
+            items, malformed = items + more, malformed + (bad if more or bad else 1)
+            continue
+        fields = list(item.values()) if isinstance(item, dict) else item
+        fields = [str(x) if isinstance(x, int | float) else x for x in fields] if isinstance(fields, list) else []
+        if len(fields) == 5 and all(isinstance(x, str) and x.strip() for x in fields):
+            items.append(tuple(fields))
+        else:
+            malformed += 1
+    return items, malformed
+
+
+def _parse_line(line):
+    """Items of one line → (tuples, malformed). Brackets and `;` separate items, the closed set of types separates fields."""
+    line = line.strip().rstrip(",;").rstrip()
+    bullet = BULLET.match(line)
+    line = line[bullet.end() :] if bullet else line
+    if not line.strip(BRACKETS):
+        return [], 0  # the bracket of a list that spans lines
+    parsed = _parse_json(line)
+    if parsed:
+        return parsed
+    for opening, closing in CLOSES.items():
+        if line[0] not in CLOSES and line[-1] == closing and opening in line:
+            line = line[line.index(opening) :]  # "Answer: [A, per, …]"
+    if line[0] not in CLOSES:
+        groups = _loose_items(line.split(","))
+    else:
+        inner = line[1:].lstrip()
+        line = inner if inner[:1] in CLOSES else line  # the outer bracket of a list of lists
+        closing = CLOSES[line[0]]
+        groups = [segment.split(",") for segment in BOUNDARY[line[0]].split(line[1:])]
+        for pieces in groups:
+            pieces[-1] = pieces[-1].partition(closing)[0]  # what follows the bracket is comment
+    items = [_item(pieces) for pieces in groups]
+    return [item for item in items if item], items.count(None)
+
+
+def _loose_items(pieces):
+    """Comma pieces of a line without brackets, cut into items: after the second type comes the relation, up to `;` or `,`."""
+    groups, current, types, since = [], [], 0, 0
+    for piece in pieces:
+        if types == 2:
+            relation, _, rest = piece.partition(";")
+            groups.append([*current, relation])
+            current, types, since = [rest] if rest.strip() else [], 0, 1 if rest.strip() else 0
+            continue
+        current.append(piece)
+        if since and _is_type(piece):
+            types, since = types + 1, 0
+        else:
+            since += 1  # pieces of the entity so far: it must have one
+    return groups + [current] if any(piece.strip() for piece in current) else groups
+
+
+def _item(pieces):
+    """Comma pieces of one item → five fields, or None. An entity may hold commas: its pieces are what stands between types."""
+    if len(pieces) >= 5 and _is_type(pieces[-2]):
+        for i in range(1, len(pieces) - 3):
+            if _is_type(pieces[i]):
+                pieces = [",".join(pieces[:i]), pieces[i], ",".join(pieces[i + 1 : -2]), *pieces[-2:]]
+                break
+    fields = tuple(_bare(piece) for piece in pieces)
+    return fields if len(fields) == 5 and all(fields) else None
+
+
+def _is_type(piece):
+    return len(piece) < 40 and piece.strip(" \t\"'`*“”‘’").casefold() in TYPE_SPELLINGS
+
+
+def _bare(piece):
+    """Without white space, quotes and bold around it."""
+    piece = piece.strip()
+    for _ in range(3):
+        if len(piece) > 1 and QUOTES.get(piece[0]) == piece[-1]:
+            piece = piece[1:-1].replace('\\"', '"').replace("\\'", "'").strip()
+    return piece
+
+
+# ------------------------------------------------------------------------------------------------ rewards (Eq. 2–5)
+
+
+class Reward(NamedTuple):
+    total: float  # accuracy + α·partial + β·format
+    accuracy: float  # Eq. 2: 2c / (m + n), 0 … 1
+    partial: float  # Eq. 3–4: w / 5n + string similarity, 0 … 2
+    format: float  # Eq. 5: 1 if well formed
+
+
+def reward(text, gold, alpha=0.2, beta=0.1):
+    """The rule-based reward of one response to the reason prompt. SPEC §5.
+
+    >>> gold = [quintuple("Josh Gordon", "per", "Browns", "org", "member of")]
+    >>> r = reward("<think>x</think><answer>[Josh Gordon, per, Browns, org, peer]</answer>", gold)
+    >>> [round(part, 6) for part in r]
+    [0.431429, 0.0, 1.657143, 1.0]
+    """
+    response = parse_response(text)
+    if not response.well_formed:
+        return Reward(0.0, 0.0, 0.0, 0.0)
+    pred, gold = response.quintuples, tuple(gold)
+    if response.malformed or (gold and not pred):  # "invalid quintuple structure is assigned a reward of zero"
+        return Reward(beta, 0.0, 0.0, 1.0)
+    found = sum(q in pred for q in gold)
+    accuracy = 2 * found / (len(gold) + len(pred)) if gold or pred else 1.0  # [ours]: nothing to find, nothing said
+    components = matched_components(pred, gold) / (5 * len(pred)) if pred else 1.0
+    canonical = format_answer(gold)
+    distance = Levenshtein.distance(response.answer, canonical)
+    partial = components + 1 - distance / max(len(response.answer), len(canonical))
+    return Reward(accuracy + alpha * partial + beta, accuracy, partial, 1.0)
+
+
+def matched_components(pred, gold):
+    """w: equal components under the one-to-one pairing of pred and gold that makes it largest [ours]. An integer, 0 … 5·min(m, n).
+
+    The assignment problem by successive shortest paths with potentials (Kuhn–Munkres), O(min² · max); a gold set of 21 against
+    a runaway answer of hundreds stays in milliseconds, and 01 and 02 need no SciPy.
+    """
+    rows, columns = sorted((pred, gold), key=len)
+    if not rows:
+        return 0
+    cost = [[-sum(a == b for a, b in zip(row, column)) for column in columns] for row in rows]
+    n, m = len(rows), len(columns)
+    u, v, owner = [0] * (n + 1), [0] * (m + 1), [0] * (m + 1)  # potentials; owner[column] = row, 1-based, 0 free
+    for i in range(1, n + 1):
+        owner[0], j = i, 0
+        slack, way, used = [float("inf")] * (m + 1), [0] * (m + 1), [False] * (m + 1)
+        while owner[j]:
+            used[j], row = True, owner[j]
+            for k in range(1, m + 1):
+                if not used[k] and (gap := cost[row - 1][k - 1] - u[row] - v[k]) < slack[k]:
+                    slack[k], way[k] = gap, j
+            following = min((k for k in range(1, m + 1) if not used[k]), key=slack.__getitem__)
+            delta = slack[following]
+            for k in range(m + 1):
+                if used[k]:
+                    u[owner[k]] += delta
+                    v[k] -= delta
+                else:
+                    slack[k] -= delta
+            j = following
+        while j:
+            owner[j], j = owner[way[j]], way[j]
+    return -sum(cost[owner[k] - 1][k - 1] for k in range(1, m + 1) if owner[k])
+
+
+# ------------------------------------------------------------------------------------------------ metrics (§4)
+
+
+def entities(quintuples):
+    """Typed entities of quintuples, distinct: MNER counts these."""
+    return {entity for q in quintuples for entity in ((q.head, q.head_type), (q.tail, q.tail_type))}
+
+
+def undirected(quintuples):
+    """Quintuples whose head and tail may swap: the convention of EEGA's published scorer."""
+    return {(*sorted([(q.head, q.head_type), (q.tail, q.tail_type)]), q.relation) for q in quintuples}
+
+
+MATCHING = {  # metric: what of an example counts, as a set
+    "jmere": set,  # the exact, directed quintuple: the headline
+    "mner": entities,
+    "jmere_undirected": undirected,
+}
+
+
+def score(predictions, golds):
+    """Micro precision, recall and F1 over examples; per example sets. → {metric: {precision, recall, f1, tp, pred, gold}}.
+
+    predictions, golds: one list of Quintuples an example, in the same order. An unparsable response is an empty list: it stays in.
+    """
+    result = {}
+    for metric, keys in MATCHING.items():
+        tp = pred = gold = 0
+        for predicted, wanted in zip(predictions, golds, strict=True):
+            predicted, wanted = keys(predicted), keys(wanted)
+            tp, pred, gold = tp + len(predicted & wanted), pred + len(predicted), gold + len(wanted)
+        result[metric] = micro(tp, pred, gold)
+    return result
+
+
+def micro(tp, pred, gold):
+    """Counts → scores; 0 where a denominator is 0."""
+    f1 = 2 * tp / (pred + gold) if pred + gold else 0.0
+    return {"precision": tp / pred if pred else 0.0, "recall": tp / gold if gold else 0.0, "f1": f1, "tp": tp, "pred": pred, "gold": gold}

@@ -5,6 +5,7 @@ Imports neither torch nor transformers, so that 01 and 02 run on a laptop with o
 
     m  gold quintuples of one example        n  predicted quintuples, repeats counted
 """
+
 import ast
 import functools
 import json
@@ -622,8 +623,9 @@ def _bare(piece):
     """Without white space, quotes and bold around it."""
     piece = piece.strip()
     for _ in range(3):
-        if len(piece) > 1 and QUOTES.get(piece[0]) == piece[-1]:
-            piece = piece[1:-1].replace('\\"', '"').replace("\\'", "'").strip()
+        if len(piece) < 2 or QUOTES.get(piece[0]) != piece[-1]:
+            break
+        piece = piece[1:-1].replace('\\"', '"').replace("\\'", "'").strip()
     return piece
 
 

@@ -1,7 +1,7 @@
-"""Make a tiny vision-language model of the real classes: Qwen2.5-VL or LLaVA-1.5, about two million parameters, tokenizer trained on the spot.
+"""Make a tiny vision-language model of the real classes, Qwen2.5-VL or LLaVA-1.5: two million parameters, tokenizer trained on the spot.
 
-The folder has the layout of the published checkpoint (config, weights, tokenizer, preprocessor, chat template, generation defaults), so
-whatever loads `Qwen/Qwen2.5-VL-7B-Instruct` or `llava-hf/llava-1.5-7b-hf` loads this too. 56 × 56 pixels become 4 (Qwen) or 16 (LLaVA) tokens.
+The folder has the layout of the published checkpoint (config, weights, tokenizer, preprocessor, chat template, generation defaults), so what
+loads `Qwen/Qwen2.5-VL-7B-Instruct` or `llava-hf/llava-1.5-7b-hf` loads this too. 56 × 56 pixels become 4 (Qwen) or 16 (LLaVA) tokens.
 
     python demo/make_base.py --arch qwen2_5_vl --out runs/tiny        # weights drawn from --seed, a few seconds
 
@@ -221,10 +221,8 @@ def build(arch, out, corpus_texts, seed=0, size=SIZE, vocab_size=1200):
 @common.cli
 def main(args):
     model = build(args.arch, args.out, corpus(), args.seed)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    print(
-        f"{args.out}: {args.arch}, {count:,} parameters, {model.config.get_text_config().vocab_size} tokens, weights at random (seed {args.seed})"
-    )
+    count, vocabulary = sum(parameter.numel() for parameter in model.parameters()), model.config.get_text_config().vocab_size
+    print(f"{args.out}: {args.arch}, {count:,} parameters, {vocabulary} tokens, weights at random (seed {args.seed})")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Make a tiny vision-language model of the real classes, Qwen2.5-VL or LLaVA-1.5: two million parameters, tokenizer trained on the spot.
 
-The folder has the layout of the published checkpoint (config, weights, tokenizer, preprocessor, chat template, generation defaults), so what
-loads `Qwen/Qwen2.5-VL-7B-Instruct` or `llava-hf/llava-1.5-7b-hf` loads this too. 56 × 56 pixels become 4 (Qwen) or 16 (LLaVA) tokens.
+The folder has the layout of the published checkpoint (config, weights, tokenizer, preprocessor, chat template, generation config), so
+what loads `Qwen/Qwen2.5-VL-7B-Instruct` or `llava-hf/llava-1.5-7b-hf` loads this too. 56 × 56 pixels become 4 (Qwen) or 16 (LLaVA) tokens.
 
     python demo/make_base.py --arch qwen2_5_vl --out runs/tiny        # weights drawn from --seed, a few seconds
 

@@ -2,12 +2,12 @@
 
 A tweet names two or three things in words that say nothing about them ("RT @fan : Paris and Emma tonight"). The picture shows, in the order
 of the names, a figure on the left, one on the right and perhaps one on a poster, and perhaps a sign in a bubble. The figures decide the
-types (Paris is a person, a city …), figures and sign decide relation and direction, and whoever wears the poster's colour has to do with it:
+types (Paris is a person, a city …), figures and sign decide relation and direction, and who wears the poster's colour has to do with it:
 
     person + person   heart couple · cap alumi · ball peer      person + child, child + child    parent · siblings
-    person + crest    member of                                 person + city                    place of residence, with a cradle place of birth
-    person + trophy   awarded                                   person + stage                   present in
-    crest + city      locate at                                 stage + city  held on            city + hut  contain
+    person + crest    member of                                 person + city       place of residence, with a cradle place of birth
+    person + trophy   awarded                                   person + stage      present in
+    crest + city      locate at                                 stage + city        held on            city + hut  contain
 
 Each text comes with several pictures and different gold, so a model that does not look cannot know. Pillow only: the teacher imports this.
 

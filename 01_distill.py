@@ -59,10 +59,8 @@ def check_same_run(path, jobs):
     keys = {job.row["id"]: job.stamp["key"] for job in jobs}
     for number, row in common.read_jsonl(path):
         if keys.get(row["id"], row["key"]) != row["key"]:
-            raise common.InputError(
-                f"{path}:{number}: {row['id']} was asked of {row['model']} with {json.dumps(row['params'])}, prompt {row['prompt_hash']} and "
-                f"image {row['image_hash']}; this command asks something else: choose another --out"
-            )
+            was = f"{row['model']} with {json.dumps(row['params'])}, prompt {row['prompt_hash']}, image {row['image_hash']}"
+            raise common.InputError(f"{path}:{number}: {row['id']} was asked of {was}; this command differs: choose another --out")
 
 
 def funnel(path, jobs):

@@ -32,7 +32,7 @@ from pathlib import Path
 import common
 
 POINTS = [most for _, _, most in common.SCORE_RULES]
-SCORES = re.compile(r"[ ,;|]*".join(rf"\**R{i}\**\s*[=:]\s*(\d+)" for i in range(1, len(POINTS) + 1)))
+SCORES = re.compile(r"[\s,;|*-]*".join(rf"R{i}\**\s*[=:]\s*\**(\d+)(?!\.?\d)(?:/\d+)?" for i in range(1, len(POINTS) + 1)))  # integers only
 LABELLED = r"(?:quintuples?|labels?|annotations?|tuples?|answers?|relations?|triples?)"
 LEAK = re.compile(
     rf"\b(?:given|provided|supplied|annotated|listed|gold(?:en)?|ground[- ]truth|target|expected|reference) {LABELLED}\b"

@@ -7,20 +7,30 @@ Imports neither torch nor transformers, so that 01 and 02 run on a laptop with o
 """
 
 import ast
+import asyncio
+import base64
+import fcntl
 import functools
+import hashlib
+import io
 import json
+import math
 import os
+import random
 import re
+import signal
 import sys
+import time
 import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import Levenshtein
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------ errors and exit codes
@@ -735,3 +745,458 @@ def micro(tp, pred, gold):
     """Counts → scores; 0 where a denominator is 0."""
     f1 = 2 * tp / (pred + gold) if pred + gold else 0.0
     return {"precision": tp / pred if pred else 0.0, "recall": tp / gold if gold else 0.0, "f1": f1, "tp": tp, "pred": pred, "gold": gold}
+
+
+# ------------------------------------------------------------------------------------------------ chat API client (SPEC §8)
+
+SENT_AS_IS = ("JPEG", "PNG", "GIF", "WEBP")  # what OpenAI-compatible servers read; anything else travels as PNG
+FATAL = {401: "check OPENAI_API_KEY", 402: "no credit left", 403: "this key may not", 404: "check --model and --base-url"}
+FILTERED = ("content_filter", "content_policy_violation", "moderation_blocked")  # error codes of a filtered prompt
+REFUSAL = re.compile(r"\s*(?:i['’]?m sorry|sorry, |i (?:cannot|can['’]t|am unable to|won['’]t) )", re.I)
+
+
+class CallFailed(Exception):
+    """One row's call failed for good; the run goes on and exits with 1."""
+
+
+class Choice(NamedTuple):
+    text: str
+    status: str  # ok | refusal | content_filter | length
+    finish_reason: str | None
+
+
+class Reply(NamedTuple):
+    choices: list[Choice]
+    usage: dict | None  # {"prompt_tokens", "completion_tokens"}; None where the server tells none
+    model: str | None  # the model that answered
+
+
+class Job(NamedTuple):
+    """n answers wanted to one prompt about one image. `key` names its content: what was paid for under it is never paid for again."""
+
+    row: dict  # what each output row begins with, "id" among it
+    prompt: str
+    image: str | None
+    n: int
+    stamp: dict  # model, params, prompt_hash, image_hash, key
+
+
+def add_api_arguments(model, runtime):
+    """The arguments 01 and 02 share; model, runtime: argument groups."""
+    model.add_argument("--base-url", help="OpenAI-compatible server [ours: default OPENAI_BASE_URL, else OpenAI]")
+    model.add_argument("--temperature", type=float, help="sent only when given: newer models refuse it [upstream default]")
+    model.add_argument("--max-tokens", type=int, help="sent as max_tokens, only when given [upstream default]")
+    model.add_argument(
+        "--param", action="append", default=[], metavar="NAME=JSON", help="any other request field, repeatable [ours: servers differ]"
+    )
+    runtime.add_argument("--concurrency", type=int, default=16, help="calls in flight [ours: fits common rate limits]")
+    runtime.add_argument("--timeout", type=float, default=180.0, help="seconds a call may take, wall clock [ours: 5 chains need 30]")
+    runtime.add_argument("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="dollars per million tokens [ours: prices change]")
+    runtime.add_argument(
+        "--budget", type=float, help="stop before this many dollars, earlier runs on this output included [ours: no limit]"
+    )
+    runtime.add_argument("--limit", type=int, help="only the first so many examples [ours: to try things]")
+    runtime.add_argument("--dry-run", action="store_true", help="print calls, tokens and dollars, and ask nothing [ours: look first]")
+
+
+def request_params(args):
+    """Optional request fields: only what the user gave."""
+    params = {"temperature": args.temperature, "max_tokens": args.max_tokens}
+    for item in args.param:
+        name, equals, value = item.partition("=")
+        if not name or not equals:
+            raise InputError(f"--param {item!r}: expected NAME=JSON, such as max_completion_tokens=800")
+        try:
+            params[name] = json.loads(value)
+        except ValueError:
+            params[name] = value  # a bare word is a string
+    return {name: value for name, value in params.items() if value is not None}
+
+
+class ChatClient:
+    """Asks one model of one OpenAI-compatible server; retries, waits and stops by the table of SPEC §8.
+
+    Use through `ask_all`, or alone: `async with ChatClient(...) as client: reply = await client.chat(prompt, image)`.
+    price: (in, out) dollars per million tokens. budget: dollars. params: optional request fields, sent as they are.
+    """
+
+    tries = 6  # of one call, 429 not counted
+    backoff = 0.5  # seconds before the second try, doubled each time, with jitter
+    patience = 1800.0  # longest time without an answer because of 429 alone
+
+    def __init__(self, model, base_url=None, concurrency=16, timeout=180.0, price=None, budget=None, params=None):
+        if budget is not None and price is None:
+            raise InputError("--budget needs --price IN OUT, dollars per million tokens of the model")
+        for name, value in (("--concurrency", concurrency), ("--timeout", timeout), ("--budget", budget)):
+            if value is not None and value <= 0:
+                raise InputError(f"{name} {value}, expected more than 0")
+        self.model, self.base_url, self.concurrency, self.timeout = model, base_url, concurrency, timeout
+        self.price, self.budget, self.params = price, budget, params or {}
+        self.spent, self.calls, self.called, self.in_flight = 0.0, 0, 0.0, 0  # dollars in all; calls of this run, their dollars
+        self.open_at, self.rounds, self.limited_since = 0.0, 0, None  # the 429 gate, shared by all workers
+        self.reason = None  # why the run stops
+
+    @staticmethod
+    def require_key():
+        if not os.environ.get("OPENAI_API_KEY", "").strip():
+            raise Stopped("OPENAI_API_KEY is not set: export your key (for a local server any value will do)")
+
+    async def __aenter__(self):
+        import openai  # here: a second at start that training need not pay
+
+        self.require_key()
+        self.openai, self.stopping = openai, asyncio.Event()
+        self.api = openai.AsyncOpenAI(base_url=self.base_url, max_retries=0, timeout=None)  # the time-out is ours: wall clock, not per read
+        return self
+
+    async def __aexit__(self, *error):
+        await self.api.close()
+
+    def job(self, row, prompt, image=None, n=1):
+        stamp = {"model": self.model, "params": self.params, "prompt_hash": _hash(prompt), "image_hash": image and image_hash(image)}
+        return Job(row, prompt, image, n, {**stamp, "key": _hash(json.dumps([row["id"], stamp], sort_keys=True))})
+
+    def stop(self, reason):
+        """No new call, no retry; calls in flight are waited for and recorded."""
+        self.reason = self.reason or reason
+        self.stopping.set()
+
+    def cost(self, usage):
+        if usage is None or self.price is None:
+            return 0.0
+        return (usage["prompt_tokens"] * self.price[0] + usage["completion_tokens"] * self.price[1]) / 1e6
+
+    async def afford(self, prior):
+        """Wait until the budget holds another call beside those in flight. `prior`: dollars a call may take before any was paid."""
+        while self.budget is not None:
+            mean = self.called / self.calls if self.calls else prior
+            if self.spent + (self.in_flight + 1) * mean <= self.budget:
+                return
+            if not self.in_flight:
+                raise Stopped(f"budget: ${self.spent:.4f} of ${self.budget:g} spent, the next call takes about ${mean:.4f}")
+            await self._sleep(0.05)
+
+    async def chat(self, prompt, image=None, n=1, **params):
+        """→ Reply of 1 to n choices. Raises CallFailed where this call is lost, Stopped where every call would be."""
+        content = [{"type": "image_url", "image_url": {"url": data_url(image)}}] if image else []
+        messages = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
+        extra = {**self.params, **params, **({"n": n} if n > 1 else {})}
+        tried = 0
+        while True:
+            while (wait := self.open_at - time.monotonic()) > 0:
+                await self._sleep(wait + random.uniform(0, min(wait, 1) / 10))  # not all at the same instant
+            sent, status, headers, body = time.monotonic(), None, {}, b""
+            try:
+                request = self.api.chat.completions.with_raw_response.create(model=self.model, messages=messages, extra_body=extra)
+                raw = await asyncio.wait_for(request, self.timeout)
+                headers, body = raw.headers, raw.content
+                reply = parse_reply(body, n)
+                self.rounds, self.limited_since = 0, None
+                self._heed(headers)
+                return reply
+            except self.openai.APIStatusError as error:
+                status, headers, body = error.status_code, error.response.headers, error.response.content
+                fault = f"{status} {error.message}"
+            except (asyncio.TimeoutError, self.openai.APITimeoutError):
+                fault = f"no answer within {self.timeout:g} s"
+            except self.openai.APIConnectionError as error:
+                fault = f"connection failed ({error.__cause__ or error})"
+            except ValueError as error:  # status 200, but no answer in it
+                fault = f"answer that is no chat completion: {error}"
+            message, code, kind = _error_of(body)
+            if status is None and isinstance(code, int) and code >= 400:
+                status = code  # some servers put their errors into a 200
+            fault = self._clean(f"{status or ''} {message}" if message else fault)
+            if "insufficient_quota" in (code, kind):
+                raise Stopped(f"quota used up: {fault}")
+            if status in FATAL:
+                raise Stopped(f"{fault} ({FATAL[status]})")
+            if status == 429:
+                self._close_gate(headers, sent, fault)
+                continue
+            if code in FILTERED:
+                return Reply([Choice("", "content_filter", code)] * n, None, None)
+            tried += 1
+            if status is not None and status < 500 and status not in (408, 409):
+                raise CallFailed(fault)
+            if tried >= self.tries:
+                raise CallFailed(f"{fault}, {tried} times")
+            wait = min(30.0, self.backoff * 2 ** (tried - 1)) * random.uniform(0.5, 1.0)
+            await self._sleep(max(wait, min(_retry_after(headers) or 0.0, self.patience)))
+
+    async def _sleep(self, seconds):
+        try:
+            await asyncio.wait_for(self.stopping.wait(), seconds)
+        except asyncio.TimeoutError:
+            return
+        raise Stopped(self.reason)
+
+    def _close_gate(self, headers, sent, fault):
+        """429: nobody asks before the server's time is up."""
+        now, wait = time.monotonic(), _retry_after(headers)
+        self.limited_since = self.limited_since or now
+        if wait is None:
+            wait = min(60.0, self.backoff * 2**self.rounds) * random.uniform(0.5, 1.0)
+        if now + wait - self.limited_since > self.patience:
+            raise Stopped(f"rate limit: {fault}; the server asks to wait {wait:.0f} s more, {now - self.limited_since:.0f} s gone by")
+        self.rounds += sent >= self.open_at  # the others in flight hit the same limit: one round
+        self.open_at = max(self.open_at, now + wait)
+
+    def _heed(self, headers):
+        """The rate-limit headers say that nothing is left: wait before the server has to refuse."""
+        for kind in ("requests", "tokens"):
+            if headers.get(f"x-ratelimit-remaining-{kind}") == "0":
+                parts = re.findall(r"([\d.]+)(ms|[smhd]?)", headers.get(f"x-ratelimit-reset-{kind}", ""))
+                wait = sum(float(number) * {"ms": 0.001, "m": 60, "h": 3600, "d": 86400}.get(unit, 1) for number, unit in parts)
+                self.open_at = max(self.open_at, time.monotonic() + min(wait, self.patience))
+
+    def _clean(self, message):
+        """One short line that never holds the key."""
+        return " ".join(message.replace(self.api.api_key, "…").split())[:300]
+
+
+def _error_of(body):
+    """(message, code, type) of an OpenAI error object in `body`; None for what it does not tell."""
+    try:
+        error = json.loads(body)["error"]
+        return (error["message"], error.get("code"), error.get("type")) if isinstance(error, dict) else (str(error), None, None)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None, None, None
+
+
+def _retry_after(headers):
+    """Seconds the server asks to wait, or None."""
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        try:
+            return max(0.0, float(headers.get(name, "")) * unit)
+        except ValueError:
+            continue
+    try:
+        return max(0.0, parsedate_to_datetime(headers.get("retry-after")).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return None
+
+
+def parse_reply(body, n=1):
+    """The body of a chat completion → Reply of at most n choices. Raises ValueError where it is none."""
+    try:
+        body = json.loads(body)
+        choices = [_choice(choice) for choice in body["choices"][:n]]
+        usage = body.get("usage") and {name: int(body["usage"][name]) for name in ("prompt_tokens", "completion_tokens")}
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+    if not choices:
+        raise ValueError("no choices")
+    return Reply(choices, usage or None, body.get("model"))
+
+
+def _choice(choice):
+    text, finish = choice["message"].get("content") or "", choice.get("finish_reason")
+    if isinstance(text, list):  # content in parts
+        text = "".join(part.get("text", "") for part in text)
+    refused = choice["message"].get("refusal") or len(text) < 300 and REFUSAL.match(text)
+    status = finish if finish in ("content_filter", "length") else "refusal" if refused else "ok"
+    return Choice(text or choice["message"].get("refusal") or "", status, finish)
+
+
+def _hash(content):
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=64)  # the candidates of an example follow each other
+def image_hash(path):
+    try:
+        return _hash(Path(path).read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot read ({error.strerror})") from None
+
+
+def data_url(path):
+    """The image file as a data URL: its own bytes where servers read them and it needs no turning, else PNG."""
+    try:
+        data = Path(path).read_bytes()
+        with Image.open(io.BytesIO(data)) as image:
+            kind, turned = image.format, image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        if kind not in SENT_AS_IS or turned:
+            buffer, kind = io.BytesIO(), "PNG"
+            load_image(path).save(buffer, kind)
+            data = buffer.getvalue()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, InputError) as error:
+        raise CallFailed(f"{path}: unreadable image ({error})") from None
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode()}"
+
+
+class AppendFile:
+    """Append-only JSONL under an exclusive lock. Opening cuts a last line torn by a kill; `done` counts the rows of each key."""
+
+    def __init__(self, path):
+        self.path, self.done, self.tokens = Path(path), Counter(), [0.0, 0.0]
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.handle = open(path, "a+b", buffering=0)  # noqa: SIM115, open as long as this object
+            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{path}: another process writes to it (file lock): wait for it, or choose another --out") from None
+        except OSError as error:
+            raise InputError(f"{path}: cannot write ({error.strerror})") from None
+        self._cut_torn_line()
+        for number, row in read_jsonl(path):
+            if "key" not in row:
+                raise InputError(f"{path}:{number}: missing 'key', so this tool did not write it: choose another --out")
+            self.done[row["key"]] += 1
+            if usage := row["usage"]:
+                for i, name in enumerate(("prompt_tokens", "completion_tokens")):
+                    self.tokens[i] += usage[name] / usage["choices"]
+
+    def _cut_torn_line(self):
+        size, tail = self.handle.seek(0, os.SEEK_END), b""
+        while (at := size - len(tail)) and b"\n" not in tail:
+            self.handle.seek(max(0, at - 65536))
+            tail = self.handle.read(at - max(0, at - 65536)) + tail
+        torn = tail.rpartition(b"\n")[2]
+        if torn:
+            self.handle.truncate(size - len(torn))
+            print(f"{self.path}: cut a torn last line of {len(torn)} bytes", file=sys.stderr)
+
+    def append(self, rows):
+        """One write a call: a kill leaves whole lines and at most one torn one."""
+        data = "".join(map(jsonl_line, rows)).encode()
+        try:
+            if self.handle.write(data) != len(data):
+                raise OSError(None, "disk full")
+        except OSError as error:
+            raise Stopped(f"{self.path}: cannot write ({error.strerror}): make room; the same command goes on") from None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.handle.close()  # gives the lock back
+
+
+def ask_all(client, jobs, out, finish=lambda row: row):
+    """Answer every job not answered yet, appending one row a choice to the AppendFile `out`. → number of jobs that failed.
+
+    A row: job.row, candidate, status, response, model_answered, usage, finish_reason and job.stamp; `finish` may change it.
+    Failed jobs go to *.errors.jsonl, written anew in each run, and are asked again by the next. The first Ctrl-C or SIGTERM
+    waits for the calls in flight. Raises Stopped: key, quota, budget, interrupt, ten failures in succession.
+    """
+    client.spent += client.cost(dict(zip(("prompt_tokens", "completion_tokens"), out.tokens)))
+    todo, errors = [job for job in jobs if out.done[job.stamp["key"]] < job.n], out.path.with_suffix(".errors.jsonl")
+    errors.unlink(missing_ok=True)
+    try:
+        tally = asyncio.run(_ask_all(client, todo, out, errors, finish)) if todo else Counter()
+    except KeyboardInterrupt:
+        raise Stopped("interrupted twice: the calls in flight are lost; run the same command to go on") from None
+    if client.reason:
+        raise Stopped(f"{client.reason}; {sum(out.done.values())} rows are in {out.path}, the same command goes on from there")
+    if tally["failed"]:
+        print(f"{tally['failed']} of {len(jobs)} calls failed, see {errors}; the same command asks them again", file=sys.stderr)
+    return tally["failed"]
+
+
+async def _ask_all(client, todo, out, errors, finish):
+    tally, queue, loop, successive = Counter(), iter(todo), asyncio.get_running_loop(), 0
+    prior = client.cost(estimate(todo[:1], 300))  # what a call may cost, until some were paid
+
+    def interrupt():
+        client.stop("interrupted")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)  # the second one ends the program
+
+    async def answer(job):
+        key = job.stamp["key"]
+        while (left := job.n - out.done[key]) > 0:  # a server may give fewer choices than asked for
+            await client.afford(prior)
+            client.in_flight += 1
+            try:
+                reply = await client.chat(job.prompt, job.image, left)
+            finally:
+                client.in_flight -= 1
+            cost = client.cost(reply.usage or estimate([job], 300))
+            client.spent, client.called, client.calls = client.spent + cost, client.called + cost, client.calls + 1
+            usage = reply.usage and {**reply.usage, "choices": len(reply.choices)}
+            rows = [
+                {**job.row, "candidate": out.done[key] + i, "status": choice.status, "response": choice.text, "model_answered": reply.model}
+                | {"usage": usage, "finish_reason": choice.finish_reason, **job.stamp}
+                for i, choice in enumerate(reply.choices)
+            ]
+            out.append(map(finish, rows))
+            out.done[key] += len(rows)
+
+    async def work():
+        nonlocal successive
+        for job in queue:  # one iterator for all workers
+            try:
+                if client.reason:
+                    return
+                await answer(job)
+                tally["ok"], successive = tally["ok"] + 1, 0
+            except CallFailed as error:
+                tally["failed"], successive = tally["failed"] + 1, successive + 1
+                with open(errors, "a", encoding="utf-8") as handle:
+                    handle.write(jsonl_line({"id": job.row["id"], "status": "error", "error": str(error), **job.stamp}))
+                if successive >= 10:
+                    client.stop(f"{successive} rows failed in succession, the last: {error}")
+            except Stopped as stop:
+                client.stop(str(stop))
+                return
+            dollars = client.spent + client.called / max(1, sum(tally.values())) * (len(todo) - sum(tally.values()))
+            bar.set_postfix_str(f"ok {tally['ok']} failed {tally['failed']} ${client.spent:.2f} of ${dollars:.2f}", refresh=False)
+            bar.update()
+
+    async with client:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, interrupt)
+        await _announce(client)
+        with tqdm(total=len(todo), desc=out.path.name, unit="job", mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
+            await asyncio.gather(*(work() for _ in range(min(client.concurrency, len(todo)))))
+    return tally
+
+
+async def _announce(client):
+    """Say when the server means to shut the model down; most servers tell nothing, and then neither do we."""
+    try:
+        model = await asyncio.wait_for(client.api.models.retrieve(client.model), 10)
+        date = getattr(model, "shutdown_date", None)
+    except (client.openai.OpenAIError, asyncio.TimeoutError, ValueError):
+        return
+    if date:
+        print(f"{client.model}: the server announces its shutdown for {date}", file=sys.stderr)
+
+
+def estimate(jobs, completion_tokens):
+    """Tokens jobs will take, roughly: 4 characters a token, an image as GPT-4o counts it, `completion_tokens` an answer."""
+    prompt = sum(len(job.prompt) / 4 + image_tokens(job.image) for job in jobs)
+    return {"prompt_tokens": round(prompt), "completion_tokens": completion_tokens * sum(job.n for job in jobs)}
+
+
+def image_tokens(path):
+    """Tokens of an image at high detail: 85, and 170 for each tile of 512² once it fits 2048² with its short side at most 768.
+
+    >>> image_tokens(None)
+    0
+    """
+    if not path:
+        return 0
+    with Image.open(path) as image:
+        short, long = sorted(image.size)
+    scale = min(1, 2048 / long, 768 / short)
+    return 85 + 170 * math.ceil(short * scale / 512) * math.ceil(long * scale / 512)
+
+
+def print_estimate(client, jobs, completion_tokens, title):
+    """--dry-run: one line a pass."""
+    tokens = estimate(jobs, completion_tokens)
+    dollars = f"${client.cost(tokens):.2f}" if client.price else "dollars unknown without --price"
+    counts = f"{len(jobs)} calls, about {tokens['prompt_tokens']} prompt and {tokens['completion_tokens']} completion tokens"
+    print(f"{title}, {client.model}: {counts}, {dollars}")
+
+
+def print_funnel(stages, reasons):
+    """Figure 7: [(stage, candidates, examples)], and why the rest left: {reason: candidates}."""
+    print(f"{'stage':<40}{'candidates':>11}{'examples':>10}")
+    for stage, candidates, examples in stages:
+        print(f"{stage:<40}{candidates:>11}{examples:>10}")
+    for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
+        print(f"  left: {reason:<32}{count:>11}")

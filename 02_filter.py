@@ -1,0 +1,238 @@
+"""Keep the best chain of thought of each example: §3.2 and App. B of JMERE-R1.
+
+Re-Prediction Filter: image, text and chain, without labels, go back to the model; the chain stays if the quintuples it then predicts
+equal the gold set. Rule-Based Score Filter: the judge gives integers for common.SCORE_RULES, Python adds them up; below
+`--threshold` of the points is dropped; the best chain per example stays, ties broken at random.
+
+Deviations [ours]: rules and prompt wording (the paper describes, but does not print them); a chain that betrays that it saw the
+labels ("the given quintuples") is rejected before anything is paid for it; `--hide-answer`.
+
+    python 02_filter.py --cot cot.jsonl --out sft.jsonl --price 2.5 10 --dry-run
+    python 02_filter.py --cot cot.jsonl --out sft.jsonl
+    python 02_filter.py --cot cot.jsonl --out ablation.jsonl --no-score             # Table 2
+    python 02_filter.py --cot cot.jsonl --out sft.jsonl --base-url http://127.0.0.1:8000/v1 --judge-model other
+
+Both filters keep their answers in append-only files: another threshold or seed costs nothing, a killed run goes on.
+
+Reads:  --cot, made by 01_distill.py
+        {"id": "tw1", "text": "…", "image": "tw1.jpg", "quintuples": [[…]], "candidate": 0, "cot": "Image Desc…", "status": "ok", …}
+Writes: --out, one row an example: the row of its best candidate and
+        {…, "repredicted": [["Josh Gordon", "per", "Browns", "org", "member of"]], "scores": [2, 2, 2, 1, 1, 2], "score": 1.0}
+        *.reprediction.jsonl and *.score.jsonl (the answers), *.rejected.jsonl (every other candidate, why), *.stats.json (the funnel)
+"""
+
+import argparse
+import json
+import random
+import re
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+
+import common
+
+POINTS = [most for _, _, most in common.SCORE_RULES]
+SCORES = re.compile(r"[\s,;|*-]*".join(rf"R{i}\**\s*[=:]\s*\**(\d+)(?!\.?\d)(?:/\d+)?" for i in range(1, len(POINTS) + 1)))  # integers only
+LABELLED = r"(?:quintuples?|labels?|annotations?|tuples?|answers?|relations?|triples?)"
+LEAK = re.compile(
+    rf"\b(?:given|provided|supplied|annotated|listed|gold(?:en)?|ground[- ]truth|target|expected|reference) {LABELLED}\b"
+    rf"|\b{LABELLED} (?:(?:that )?(?:is|are|was|were) )?(?:given|provided|supplied|listed|above)\b"
+    r"|\bas (?:given|provided|annotated|labell?ed)\b(?! by)|\bground[- ]truth\b|\bgold(?:en)?[- ](?:standard|data)\b",
+    re.I,
+)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    io = parser.add_argument_group("files")
+    io.add_argument("--cot", required=True, help="candidates made by 01_distill.py [paper §3.2]")
+    io.add_argument("--out", required=True, help="training data for 03_sft.py, JSONL [paper §3.2]")
+    io.add_argument("--image-dir", help="folder of the images [ours: default as --cot says]")
+    io.add_argument("--skip-bad", action="store_true", help="drop bad rows and images, and say how many [ours: default stops]")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", help="predicts again [paper App. B: the model that wrote the chains, the default]")
+    model.add_argument("--judge-model", help="scores [paper App. B: the same model, the default]")
+    model.add_argument("--judge-base-url", help="its server [ours: default --base-url]")
+    model.add_argument("--judge-price", type=float, nargs=2, metavar=("IN", "OUT"), help="its price [ours: default --price]")
+    algorithm = parser.add_argument_group("algorithm")
+    algorithm.add_argument("--threshold", type=Fraction, default=Fraction(7, 10), help="lowest share of the points, 0.7 [paper §3.2]")
+    algorithm.add_argument("--no-reprediction", action="store_true", help="leave that filter out [paper Table 2]")
+    algorithm.add_argument("--no-score", action="store_true", help="leave that filter out; the chain is drawn at random [paper Table 2]")
+    algorithm.add_argument("--hide-answer", action="store_true", help="strip stated quintuples before re-prediction [ours: a harder test]")
+    algorithm.add_argument("--seed", type=int, default=0, help="breaks ties between equal scores [ours: the paper draws at random]")
+    common.add_api_arguments(model, parser.add_argument_group("runtime"))
+    args = parser.parse_args(argv)
+    if not 0 <= args.threshold <= 1:
+        parser.error(f"--threshold {float(args.threshold):g}, expected 0 to 1")
+    return args
+
+
+def leaked(cot, text):
+    """The phrase by which a chain betrays that it saw the labels, or None. What the tweet itself says is no leak.
+
+    >>> leaked("As the given quintuples state, Bob is a person.", "Bob"), leaked("He wears a gold medal.", "Bob")
+    ('given quintuples', None)
+    """
+    phrases = (match[0] for match in LEAK.finditer(cot))
+    return next((phrase.lower() for phrase in phrases if phrase.lower() not in text.lower()), None)
+
+
+def hide_answer(cot, gold):
+    """The chain without quintuples written out: lines that hold nothing else, and the gold ones wherever they stand."""
+    for q in gold:
+        fields = r"[\"'*`]*\s*,\s*[\"'*`]*".join(re.escape(part).replace(r"\ ", r"[ _]") for part in q)
+        cot = re.sub(rf"[\[(]?[\"'*`]*{fields}[\"'*`]*[\])]?", "", cot, flags=re.I)
+    return "\n".join(line for line in cot.split("\n") if not states_quintuples(line))
+
+
+def states_quintuples(line):
+    items, malformed = common.parse_answer(line)
+    return bool(items) and not malformed and all(common.normalise_label(item[i]) in common.TYPES for item in items for i in (1, 3))
+
+
+def parse_scores(text):
+    """One integer a rule from the judge's last line of scores, or None where one is missing or out of range.
+
+    >>> parse_scores("Scores: R1=2 R2=2 R3=1 R4=0 R5=1 R6=2")
+    (2, 2, 1, 0, 1, 2)
+    """
+    found = SCORES.findall(text)
+    scores = tuple(int(number) for number in found[-1]) if found else ()
+    return scores if scores and all(number <= most for number, most in zip(scores, POINTS)) else None
+
+
+def judge_prediction(row, gold):
+    """→ (the quintuples predicted again, None or the reason to reject)."""
+    if row is None:
+        return None, "re-prediction: call failed"
+    response = common.parse_response(row["response"], direct=True)
+    pred = [list(q) for q in response.quintuples]
+    if row["status"] != "ok":
+        return pred, f"re-prediction: {row['status']}"
+    if response.malformed:
+        return pred, "re-prediction: unparsed"
+    return pred, None if set(response.quintuples) == set(gold) else "re-prediction: differs from gold"
+
+
+def judge_scores(row, threshold):
+    """→ (integers, None or the reason to reject)."""
+    if row is None:
+        return None, "score: call failed"
+    scores = parse_scores(row["response"]) if row["status"] == "ok" else None
+    if scores is None:
+        return None, f"score: {'unparsed' if row['status'] == 'ok' else row['status']}"
+    return scores, None if Fraction(sum(scores), sum(POINTS)) >= threshold else "score: below the threshold"
+
+
+def ask(client, candidates, prompts, path, title, dry_run):
+    """One call a candidate → ({(id, candidate): its answer row}, number failed). Answers already in `path` cost nothing."""
+    names = [name_of(candidate) for candidate in candidates]
+    jobs = [client.job({"id": f"{id}#{k}"}, prompt, candidate.image) for (id, k), prompt, candidate in zip(names, prompts, candidates)]
+    if dry_run:
+        common.print_estimate(client, jobs, 60, title)
+        return {}, 0
+    with common.AppendFile(path) as out:
+        failed = common.ask_all(client, jobs, out)
+        answers = {row["key"]: row for _, row in common.read_jsonl(path)}
+    return {name: answers[job.stamp["key"]] for name, job in zip(names, jobs) if job.stamp["key"] in answers}, failed
+
+
+def name_of(candidate):
+    return candidate.id, candidate.row["candidate"]
+
+
+def count(candidates):
+    return len(candidates), len({candidate.id for candidate in candidates})
+
+
+@common.cli
+def main(args):
+    params, out = common.request_params(args), Path(args.out)
+    paid = not (args.no_reprediction and args.no_score)
+    if paid and not args.dry_run:
+        common.ChatClient.require_key()
+
+    # 1. candidates, every fault found before the first paid call
+    need = ("quintuples", "candidate", "cot", "status")
+    loaded = common.load_examples(args.cot, args.image_dir, need, key=("id", "candidate"), skip_bad=args.skip_bad)
+    firsts = list({example.id: example for example in reversed(loaded)}.values())[::-1][: args.limit]
+    ids = {example.id for example in common.check_images(firsts, args.skip_bad)} if paid else {example.id for example in firsts}
+    alive = [candidate for candidate in loaded if candidate.id in ids]
+    stages, rejected, failed, extra = [("distilled", *count(alive))], {}, 0, {}  # rejected: (id, candidate) → reason; extra: → new fields
+
+    def keep(stage, reasons):
+        """Drop the candidates with a reason; one line of the funnel."""
+        nonlocal alive
+        rejected.update((name_of(c), reason) for c, reason in zip(alive, reasons, strict=True) if reason)
+        alive = [candidate for candidate in alive if name_of(candidate) not in rejected]
+        stages.append((stage, *count(alive)))
+
+    keep("well formed", [None if c.row["status"] == "ok" else c.row["status"] for c in alive])
+    leaks = [leaked(c.row["cot"], c.text) for c in alive]
+    keep("no leaked label", [leak and f"leaked label: {leak}" for leak in leaks])
+
+    # 2. who answers
+    models = sorted({c.row.get("model") or "" for c in loaded})
+    if paid and args.model is None and (len(models) > 1 or not models[0]):
+        raise common.InputError(f"{args.cot}: chains by {len(models)} models ({', '.join(models)}): say with --model which predicts again")
+    model = args.model or models[0]
+    limits = (args.concurrency, args.timeout)
+    client = common.ChatClient(model, args.base_url, *limits, args.price, args.budget, params)
+    judge_url, judge_price = args.judge_base_url or args.base_url, args.judge_price or args.price
+    judge = common.ChatClient(args.judge_model or model, judge_url, *limits, judge_price, args.budget, params)
+
+    # 3. Re-Prediction Filter
+    if not args.no_reprediction:
+        cots = [hide_answer(c.row["cot"], c.quintuples) if args.hide_answer else c.row["cot"] for c in alive]
+        prompts = [common.REPREDICT_PROMPT.format(text=c.text, cot=cot) for c, cot in zip(alive, cots)]
+        answers, failed = ask(client, alive, prompts, out.with_suffix(".reprediction.jsonl"), "re-prediction", args.dry_run)
+        verdicts = [judge_prediction(answers.get(name_of(c)), c.quintuples) for c in alive]
+        extra = {name_of(c): {"repredicted": pred} for c, (pred, _) in zip(alive, verdicts)}
+        if not args.dry_run:
+            keep("re-prediction equals gold", [reason for _, reason in verdicts])
+
+    # 4. Rule-Based Score Filter
+    if not args.no_score:
+        judge.spent = client.spent  # one budget for both
+        prompts = [common.SCORE_PROMPT.format(text=c.text, cot=c.row["cot"]) for c in alive]
+        answers, more = ask(judge, alive, prompts, out.with_suffix(".score.jsonl"), "score, at most", args.dry_run)
+        failed += more
+        verdicts = [judge_scores(answers.get(name_of(c)), args.threshold) for c in alive]
+        for candidate, (scores, _) in zip(alive, verdicts):
+            share = scores and sum(scores) / sum(POINTS)
+            extra.setdefault(name_of(candidate), {}).update(scores=scores, score=share)
+        if not args.dry_run:
+            keep(f"score at least {float(args.threshold):g}", [reason for _, reason in verdicts])
+    if args.dry_run:
+        return 0
+
+    # 5. the best chain of each example, ties at random
+    best = {}
+    for candidate in alive:
+        points = sum(extra.get(name_of(candidate), {}).get("scores") or ())
+        best.setdefault(candidate.id, []).append((points, candidate.row["candidate"]))
+    for id, ranked in best.items():
+        top = sorted(k for points, k in ranked if points == max(ranked)[0])
+        best[id] = random.Random(f"{args.seed}:{id}").choice(top)
+    keep("best of its example", [None if best[c.id] == c.row["candidate"] else "not the best of its example" for c in alive])
+
+    # 6. write
+    def line(candidate):
+        return candidate.row | common.to_row(candidate, out) | extra.get(name_of(candidate), {})
+
+    lines = [line(c) | {"reason": rejected[name_of(c)]} for c in loaded if name_of(c) in rejected]
+    common.write_atomic(out.with_suffix(".rejected.jsonl"), "".join(map(common.jsonl_line, lines)))
+    common.write_atomic(out, "".join(common.jsonl_line(line(c)) for c in alive))
+    reasons = Counter(reason.partition(": ")[0] if reason.startswith("leaked") else reason for reason in rejected.values())
+    common.print_funnel(stages, reasons)
+    dollars = max(client.spent, judge.spent) if args.price else None
+    stats = {"funnel": stages, "left": reasons, "leaks": Counter(leak for leak in leaks if leak), "dollars": dollars}
+    stats |= {"model": model, "judge_model": judge.model, "params": params, "threshold": float(args.threshold), "seed": args.seed}
+    common.write_atomic(out.with_suffix(".stats.json"), json.dumps(stats, indent=1) + "\n")
+    if not alive:
+        raise common.Stopped(f"no example is left, see {out.with_suffix('.rejected.jsonl')} for the reasons")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    main(parse_args())

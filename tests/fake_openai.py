@@ -1,0 +1,117 @@
+"""An OpenAI-compatible server on loopback that answers by rule and misbehaves on order. Standard library only.
+
+with FakeOpenAI(answer, faults=["429", "reset"]) as server: … server.url, server.requests
+    answer(body, prompt) → list of answer texts, or of choice dicts, one a choice; body is the parsed request.
+    faults: names of FAULTS, taken one a request, then none; or a function of the request's number → name or None.
+"""
+
+import asyncio
+import json
+import threading
+
+RATE_LIMIT = {"error": {"message": "Rate limit reached", "type": "requests", "code": "rate_limit_exceeded"}}
+QUOTA = {"error": {"message": "You exceeded your quota", "type": "insufficient_quota", "code": "insufficient_quota"}}
+FILTER = {"error": {"message": "filtered by policy", "type": None, "code": "content_filter"}}
+FAULTS = {  # name: (status, headers, body); the others are written out in _handle
+    "429": (429, {}, RATE_LIMIT), "429-ms": (429, {"retry-after-ms": "300", "retry-after": "9"}, RATE_LIMIT),
+    "429-s": (429, {"retry-after": "0.2"}, RATE_LIMIT), "429-day": (429, {"retry-after": "86400"}, RATE_LIMIT),
+    "429-quota": (429, {}, QUOTA), "400-filter": (400, {}, FILTER), "200-error": (200, {}, {"error": {"message": "busy", "code": 502}}),
+    "200-auth": (200, {}, {"error": {"message": "no such key", "code": 401}}),
+    "html": (200, {"content-type": "text/html"}, b"<html>Bad gateway</html>"), "empty": (200, {}, b""),
+    "no-choices": (200, {}, {"choices": [], "model": "fake"}), "list": (200, {}, []),
+    "null-message": (200, {}, {"choices": [{"message": None}]}),
+}  # fmt: skip
+FAULTS |= {str(code): (code, {}, {"error": {"message": f"refused with {code}"}}) for code in (400, 401, 402, 403, 404, 408, 409, 413, 422)}
+FAULTS |= {str(code): (code, {}, b"upstream broke") for code in (500, 502, 503)}
+
+
+class FakeOpenAI:
+    def __init__(self, answer, faults=(), latency=0.0, headers=None):
+        self.answer, self.latency, self.headers = answer, latency, headers or {}
+        self.fault = faults if callable(faults) else lambda number: faults[number] if number < len(faults) else None
+        self.requests, self.in_flight, self.most_in_flight = [], 0, 0  # requests: (time, prompt, n asked, fault, answered?)
+
+    def __enter__(self):
+        started = threading.Event()
+        self.thread = threading.Thread(target=asyncio.run, args=(self._serve(started),), daemon=True)
+        self.thread.start()
+        assert started.wait(10)
+        return self
+
+    def __exit__(self, *error):
+        self.loop.call_soon_threadsafe(self.end.set)
+        self.thread.join(10)
+
+    async def _serve(self, started):
+        self.loop, self.end = asyncio.get_running_loop(), asyncio.Event()
+        server = await asyncio.start_server(self._connection, "127.0.0.1", 0, limit=2**20)
+        self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+        started.set()
+        await self.end.wait()
+        server.close()
+
+    async def _connection(self, reader, writer):
+        try:
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+                headers = dict(line.lower().split(": ", 1) for line in head[1:] if ": " in line)
+                body = await reader.readexactly(int(headers.get("content-length", 0)))
+                self.in_flight += 1
+                self.most_in_flight = max(self.most_in_flight, self.in_flight)
+                try:
+                    if not await self._handle(head[0].split()[1], body, headers, writer):
+                        break
+                finally:
+                    self.in_flight -= 1
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass  # the client hung up
+        finally:
+            writer.close()
+
+    async def _handle(self, path, raw, headers, writer):
+        """Answer one request → whether the connection stays."""
+        if not path.endswith("/chat/completions"):
+            return await self._send(writer, 404, {}, {"error": {"message": "not here"}})
+        body = json.loads(raw)
+        prompt = next(part["text"] for part in body["messages"][0]["content"] if part["type"] == "text")
+        fault, at = self.fault(len(self.requests)), len(self.requests)
+        self.requests.append(
+            {"time": self.loop.time(), "prompt": prompt, "body": body, "headers": headers, "fault": fault, "answered": False}
+        )
+        await asyncio.sleep(self.latency)
+        if fault == "reset":
+            writer.transport.abort()
+            return False
+        if fault == "hang":
+            await asyncio.sleep(3600)
+        if fault in FAULTS:
+            return await self._send(writer, *FAULTS[fault])
+        answers = self.answer(body, prompt)
+        choices = [
+            {"index": i, "finish_reason": "stop", "message": {"role": "assistant", "content": text}} if isinstance(text, str) else text
+            for i, text in enumerate(answers)
+        ]
+        usage = {"prompt_tokens": 100, "completion_tokens": 10 * len(choices), "total_tokens": 100 + 10 * len(choices)}
+        reply = {"id": f"r{at}", "object": "chat.completion", "model": "fake-1", "choices": choices, "usage": usage}
+        if fault == "drip":  # bytes keep coming, no read ever times out
+            data = json.dumps(reply).encode()
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(data))
+            for i in range(len(data)):
+                writer.write(data[i : i + 1])
+                await writer.drain()
+                await asyncio.sleep(0.1)
+            return True
+        if fault == "truncated":
+            return await self._send(writer, 200, {}, json.dumps(reply).encode()[:-40])
+        extra = {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "300ms"} if fault == "nothing-left" else {}
+        await self._send(writer, 200, self.headers | extra, reply)
+        self.requests[at]["answered"] = True
+        return True
+
+    async def _send(self, writer, status, headers, body):
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        lines = {"content-type": "application/json", "content-length": len(data), **headers}
+        head = f"HTTP/1.1 {status} X\r\n" + "".join(f"{name}: {value}\r\n" for name, value in lines.items()) + "\r\n"
+        writer.write(head.encode() + data)
+        await writer.drain()
+        return True

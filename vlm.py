@@ -6,31 +6,37 @@ Everything works on the parts that Qwen2.5-VL and LLaVA-1.5 share in transformer
     B prompts   G responses a prompt (group)   N = B·G rows   P prompt tokens   C completion tokens   V vocabulary   D hidden size
 """
 
+import argparse
 import fcntl
+import functools
 import hashlib
 import json
 import math
 import os
 import random
+import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, DynamicCache
 from transformers.utils import is_torchvision_available
 
-from common import DIRECT_PROMPT, REASON_PROMPT, InputError, Stopped, load_image, parse_response, read_jsonl, score, write_atomic
+from common import DIRECT_PROMPT, REASON_PROMPT, InputError, jsonl_line, load_image, parse_response, score, write_atomic
 
 PROMPTS = {"reason": REASON_PROMPT, "direct": DIRECT_PROMPT}
 ARCHITECTURES = ("qwen2_5_vl", "llava")
@@ -230,7 +236,8 @@ def encode(model, processor, items):
         embeds, features = inner.get_input_embeddings()(ids), torch.cat(list(features))
         place = ids == base.config.image_token_id
         if place.sum() != len(features):
-            raise InputError(f"{image}: {int(place.sum())} image tokens in the prompt, {len(features)} image features: processor and model differ")
+            found = f"{int(place.sum())} image tokens in the prompt, {len(features)} image features"
+            raise InputError(f"{image}: {found}: the processor does not belong to this model")
         embeds = embeds.masked_scatter(place[..., None], features.to(embeds.dtype))
         prompts.append(Prompt(embeds[0], positions))
     return prompts
@@ -254,7 +261,7 @@ def image_ids(model):
     return sorted({getattr(config, name) for name in names if getattr(config, name, None) is not None})
 
 
-def _positions(model, prompt, length):
+def _positions(prompt, length):
     """[3 or 1, length]: positions of a response's tokens."""
     return (prompt.positions.max() + 1 + torch.arange(length, device=prompt.positions.device)).expand(len(prompt.positions), -1)
 
@@ -295,8 +302,8 @@ def sample(model, processor, prompts, n, max_new_tokens, temperature, top_p=1.0,
 
     # 1. Prefill, left-padded so that every row's next token is the last one.
     longest = max(len(p.embeds) for p in prompts)
-    embeds = torch.stack([torch.nn.functional.pad(p.embeds, (0, 0, longest - len(p.embeds), 0)) for p in prompts])  # [B, P, D]
-    positions = torch.stack([torch.nn.functional.pad(p.positions, (longest - len(p.embeds), 0)) for p in prompts])  # [B, 3, P]
+    embeds = torch.stack([pad(p.embeds, (0, 0, longest - len(p.embeds), 0)) for p in prompts])  # [B, P, D]
+    positions = torch.stack([pad(p.positions, (longest - len(p.embeds), 0)) for p in prompts])  # [B, 3, P]
     mask = torch.tensor([[0] * (longest - len(p.embeds)) + [1] * len(p.embeds) for p in prompts], device=device)  # [B, P]
     cache = DynamicCache(config=decoder.config)
     hidden = decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=_as_rope(positions), past_key_values=cache).last_hidden_state
@@ -304,7 +311,7 @@ def sample(model, processor, prompts, n, max_new_tokens, temperature, top_p=1.0,
     # 2. Decode all N = B·n rows together; rows that are done leave the batch.
     cache.batch_repeat_interleave(n)
     hidden = hidden[:, -1].repeat_interleave(n, 0)  # [N, D]
-    mask = torch.nn.functional.pad(mask, (0, max_new_tokens), value=1).repeat_interleave(n, 0)  # [N, P + C]
+    mask = pad(mask, (0, max_new_tokens), value=1).repeat_interleave(n, 0)  # [N, P + C]
     first = (positions.amax((1, 2)) + 1).repeat_interleave(n)  # [N] position of the first response token
     rows, drawn = torch.arange(len(first), device=device), [[] for _ in range(len(first))]
     for step in range(max_new_tokens):
@@ -353,7 +360,8 @@ def generate(model, processor, items, n=1, max_new_tokens=2048, temperature=0.8,
     for start in range(0, len(order), size):
         chunk = order[start : start + size]
         prompts = encode(model, processor, [items[i] for i in chunk])
-        for i, samples in zip(chunk, sample(model, processor, prompts, n, max_new_tokens, temperature, top_p, [keys[i] for i in chunk])):
+        groups = sample(model, processor, prompts, n, max_new_tokens, temperature, top_p, [keys[i] for i in chunk])
+        for i, samples in zip(chunk, groups):
             results[i] = samples
         if progress is not None:
             progress.update(len(chunk))
@@ -376,11 +384,11 @@ def completion_logps(model, prompts, completions, temperature=1.0):
     embeds, positions, mask, index, targets = [], [], [], [], []
     for row, (prompt, ids) in enumerate(pairs):
         size, response = len(prompt.embeds), torch.tensor(ids, device=device)
-        pad = longest - size - len(ids)
+        short = longest - size - len(ids)
         whole = torch.cat([prompt.embeds, base.get_input_embeddings()(response).detach()])
-        embeds.append(torch.nn.functional.pad(whole, (0, 0, 0, pad)))
-        positions.append(torch.nn.functional.pad(torch.cat([prompt.positions, _positions(model, prompt, len(ids))], 1), (0, pad)))
-        mask.append([1] * (size + len(ids)) + [0] * pad)
+        embeds.append(pad(whole, (0, 0, 0, short)))
+        positions.append(pad(torch.cat([prompt.positions, _positions(prompt, len(ids))], 1), (0, short)))
+        mask.append([1] * (size + len(ids)) + [0] * short)
         index.append(row * longest + torch.arange(size - 1, size + len(ids) - 1, device=device))  # the position that predicts each token
         targets.append(response)
     hidden = base.model.language_model(
@@ -389,10 +397,11 @@ def completion_logps(model, prompts, completions, temperature=1.0):
         position_ids=_as_rope(torch.stack(positions)),
         use_cache=False,
     ).last_hidden_state.flatten(0, 1)  # [N·L, D]
-    logps, entropy = token_logps(base.lm_head, hidden[torch.cat(index)], torch.cat(targets), temperature)  # [T]
+    targets = torch.cat(targets)
+    logps, entropy = token_logps(base.lm_head, hidden[torch.cat(index)], targets, temperature)  # [T]
     lengths = [len(ids) for _, ids in pairs]
-    stack = lambda flat: torch.nn.utils.rnn.pad_sequence(flat.split(lengths), batch_first=True)  # noqa: E731
-    return stack(logps), stack(entropy), stack(torch.ones_like(logps)).bool()
+    parts = (logps, entropy, torch.ones_like(targets, dtype=torch.bool))
+    return tuple(pad_sequence(flat.split(lengths), batch_first=True) for flat in parts)  # [T] → [N, C], False and 0 behind each response
 
 
 def token_logps(head, hidden, targets, temperature):
@@ -409,3 +418,279 @@ def token_logps(head, hidden, targets, temperature):
         for h, t in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK))
     ]
     return torch.cat([logps for logps, _ in parts]), torch.cat([entropy for _, entropy in parts])
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def add_training_arguments(parser, epochs, lr, warmup_ratio, schedule, provenance):
+    """The arguments that 03 and 04 share, in the order of every script; `provenance` tells where their defaults come from."""
+    group = parser.add_argument_group("validation")
+    group.add_argument("--val", help="validation examples in any of the three formats; absent: best/ is the last state [paper App. A]")
+    group.add_argument(
+        "--eval-every", type=float, default=1.0, help="epochs between validations [ours: the paper keeps the best checkpoint]"
+    )
+    group.add_argument("--eval-limit", type=int, help="validate on the first N examples [ours: all]")
+    group.add_argument("--max-new-tokens", type=int, default=2048, help="longest response [paper §4]")
+    group.add_argument("--eval-rows", type=int, default=64, help="responses decoded together in validation [ours: fits 48 GB]")
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--epochs", type=float, default=epochs, help=f"passes over --data [{provenance}]")
+    group.add_argument("--lr", type=float, default=lr, help=f"peak learning rate of AdamW [{provenance}]")
+    group.add_argument("--warmup-ratio", type=float, default=warmup_ratio, help=f"share of the steps spent warming up [{provenance}]")
+    group.add_argument(
+        "--schedule", choices=("cosine", "linear", "constant"), default=schedule, help="after the warm-up [ours: not in the paper]"
+    )
+    group.add_argument("--weight-decay", type=float, default=0.0, help="of AdamW [upstream default]")
+    group.add_argument("--clip", type=float, default=1.0, help="largest gradient norm; 0 clips nothing [upstream default]")
+    group.add_argument("--batch-size", type=int, default=2, help="prompts a rank and step, or micro-step [paper App. A]")
+    group.add_argument(
+        "--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=False, help="trade time for memory [ours: off]"
+    )
+    group = parser.add_argument_group("logging and checkpoints")
+    group.add_argument(
+        "--save-every", type=int, default=50, help="steps between two states of OUT/last [ours: minutes, not hours, are lost]"
+    )
+    group.add_argument(
+        "--stop-after", type=int, help="stop, saved, after this step of the schedule; the same command goes on [ours: for tests]"
+    )
+    group.add_argument("--fresh", action="store_true", help="delete what OUT holds of an earlier run [ours: off, a run goes on]")
+    group = parser.add_argument_group("runtime")
+    group.add_argument("--seed", type=int, default=0, help="of data order, LoRA and sampling [ours: 0]")
+    group.add_argument(
+        "--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: as ds_zero2.json says on a GPU, fp32 on CPU [ours]"
+    )
+    group.add_argument(
+        "--ds-config", default=str(Path(__file__).with_name("ds_zero2.json")), help="DeepSpeed's settings [paper App. A: ZeRO-2]"
+    )
+    group.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="set by the deepspeed launcher")
+
+
+def read_ds_config(args, ranks):
+    """(DeepSpeed's settings, dtype): args.dtype resolved against ds_zero2.json and the device."""
+    try:
+        config = json.loads(Path(args.ds_config).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"--ds-config {args.ds_config}: {_first(error)}") from None
+    if "auto" in json.dumps(config):
+        raise InputError(f'--ds-config {args.ds_config}: holds "auto", which only the HF Trainer fills in: write the value')
+    wanted = config.get("bf16", {}).get("enabled", False) and ranks.device.type == "cuda"
+    bf16 = wanted if args.dtype == "auto" else args.dtype == "bf16"
+    return config | {"bf16": {"enabled": bf16}}, torch.bfloat16 if bf16 else torch.float32
+
+
+def make_engine(model, args, config, micro_steps):
+    """DeepSpeed's engine for the trainable parameters. `micro_steps` backward() + step() make one update."""
+    import deepspeed
+
+    config = config | {
+        "train_micro_batch_size_per_gpu": args.batch_size,
+        "gradient_accumulation_steps": micro_steps,
+        "gradient_clipping": args.clip,  # absent, DeepSpeed clips at 1.0 silently
+        "optimizer": {"type": "AdamW", "params": {"lr": args.lr, "weight_decay": args.weight_decay, "torch_adam": True}},
+        "steps_per_print": 10**9,
+    }
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return deepspeed.initialize(model=model, model_parameters=trainable, config=config, dist_init_required=False)[0]
+
+
+def lr_at(step, total, args):
+    """Learning rate of update `step` (from 0) of `total`: linear warm-up, then args.schedule; never 0, so no update is wasted."""
+    warmup = math.ceil(total * args.warmup_ratio)
+    if step < warmup:
+        return args.lr * (step + 1) / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    return args.lr * {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[args.schedule]
+
+
+def batch_indices(n, size, step, seed):
+    """Indices of step's batch: the epochs' permutations of range(n), one after the other, cut into pieces of `size`.
+
+    A function of (seed, epoch) alone: nothing to save, no row dropped, and 2 ranks × B see what 1 rank × 2B sees.
+    """
+    indices = []
+    for position in range(step * size, (step + 1) * size):
+        epoch, place = divmod(position, n)
+        indices.append(_permutation(n, seed, epoch)[place])
+    return indices
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(n, seed, epoch):
+    return random.Random(f"{seed}:{epoch}").sample(range(n), n)
+
+
+def fingerprint(model):
+    """A number that changes when any trainable weight does."""
+    return math.fsum(p.detach().double().abs().sum().item() for p in model.parameters() if p.requires_grad)
+
+
+def peak_memory():
+    """MiB: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class Run:
+    """OUT of a training run: config.json, metrics.jsonl, last/ (everything needed to go on) and best/ (the adapter to use).
+
+    The same command on the same OUT goes on from last/; other arguments are refused unless --fresh. last/ is a link to a
+    complete state, exchanged atomically, so a kill at any moment leaves the old state or the new one.
+    """
+
+    FREE = ("fresh", "local_rank", "stop_after")  # arguments that may differ between the pieces of one run
+
+    def __init__(self, args, ranks):
+        self.out, self.ranks, self.state, self.stopping = Path(args.out), ranks, {"step": 0, "best": -1.0, "best_step": None}, False
+        fault = self._open(args) if ranks.main else None
+        fault = ranks.gather(fault)[0]  # all ranks leave together
+        if fault:
+            raise InputError(fault)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _open(self, args):
+        """Lock OUT, compare its arguments with ours. → what is wrong, or None."""
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.out / ".lock", "w")  # noqa: SIM115, held as long as the run
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return f"--out {self.out}: another process trains into it: wait for it, or choose another folder"
+        except OSError as error:
+            return f"--out {self.out}: cannot write there ({error.strerror})"
+        if args.fresh:
+            for path in [
+                *self.out.glob(".step-*"),
+                *(self.out / name for name in ("best", "config.json", "metrics.jsonl", "samples.jsonl", "last")),
+            ]:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+        config = {"script": Path(sys.argv[0]).name, "world": self.ranks.world}
+        config |= {name: value for name, value in vars(args).items() if name not in self.FREE}
+        known = self.out / "config.json"
+        if known.exists():
+            old = json.loads(known.read_text())
+            changed = [f"{name} {old.get(name)!r} → {config.get(name)!r}" for name in config if old.get(name) != config.get(name)]
+            if changed:
+                return f"--out {self.out}: holds a run with other arguments ({'; '.join(changed)}): choose another folder, or --fresh to begin anew"
+            return None
+        write_atomic(known, json.dumps({**config, "versions": versions()}, indent=1) + "\n")
+        return None
+
+    def _on_signal(self, number, frame):
+        self.stopping = True
+        if self.ranks.main:
+            print("stopping: this step is finished and saved first", file=sys.stderr, flush=True)
+
+    def should_stop(self):
+        """Whether any rank was told to stop; every rank gets the same answer, so none waits for another."""
+        return self.ranks.sum(self.stopping)[0] > 0
+
+    def resume(self, engine):
+        """Load OUT/last where there is one → the step to begin with. Log files lose what came after that step."""
+        last = self.out / "last"
+        if last.exists():
+            folder = last.resolve()
+            _, self.state = engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=False)
+            if self.ranks.main:
+                print(f"going on from step {self.state['step']} of {last}", flush=True)
+        if self.ranks.main:
+            for stale in self.out.glob(".step-*"):
+                if not last.exists() or stale.resolve() != last.resolve():
+                    shutil.rmtree(stale)
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                self._cut(self.out / name)
+        self.ranks.barrier()
+        return self.state["step"]
+
+    def _cut(self, path):
+        """Drop rows of steps that are not in last/, a torn last line among them: they will be done again."""
+        if path.exists():
+            lines = [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if json.loads(line)["step"] <= self.state["step"]]
+            write_atomic(path, "".join(line + "\n" for line in lines))
+
+    def save(self, engine, step):
+        """Everything needed to go on after `step` updates, frozen weights left out."""
+        self.state["step"] = step
+        name = f".step-{step}"
+        engine.save_checkpoint(str(self.out), tag=name, client_state=self.state, save_latest=False, exclude_frozen_parameters=True)
+        self.ranks.barrier()
+        if self.ranks.main:
+            link = self.out / ".last.new"
+            link.unlink(missing_ok=True)
+            link.symlink_to(name)
+            os.replace(link, self.out / "last")
+            for stale in self.out.glob(".step-*"):
+                if stale.name != name:
+                    shutil.rmtree(stale)
+        self.ranks.barrier()
+
+    def log(self, rows, name="metrics.jsonl"):
+        if self.ranks.main:
+            with open(self.out / name, "a", encoding="utf-8") as handle:
+                handle.write("".join(jsonl_line(row) for row in rows))
+
+    def keep_best(self, model, processor, prompt, step, f1):
+        """best/ holds the state of the best validation JMERE F1, never of the best reward."""
+        if f1 > self.state["best"]:
+            self.state |= {"best": f1, "best_step": step}
+            if self.ranks.main:
+                save_adapter(model, processor, self.out / "best", prompt)
+            self.ranks.barrier()
+
+
+def validate(model, processor, examples, prompt, ranks, args):
+    """Greedy answers to `examples`, shared out over the ranks → (scores of common.score, answers as rows)."""
+    mine = examples[ranks.rank :: ranks.world]
+    items = [(PROMPTS[prompt].format(text=example.text), example.image) for example in mine]
+    was_training = model.training
+    model.eval()  # KEEP: generation in train() under gradient checkpointing is silently wrong
+    with tqdm(total=len(items), desc="validate", unit="tweet", disable=None if ranks.main else True, leave=False) as bar:
+        samples = generate(model, processor, items, 1, args.max_new_tokens, 0.0, batch_rows=args.eval_rows, progress=bar)
+    model.train(was_training)
+    rows = [{"id": example.id, "response": sample.text, "finished": sample.finished} for example, [sample] in zip(mine, samples)]
+    rows = {row["id"]: row for part in ranks.gather(rows) for row in part}
+    rows = [rows[example.id] for example in examples]
+    pred = [parse_response(row["response"], direct=prompt == "direct").quintuples for row in rows]
+    return score(pred, [example.quintuples for example in examples]), rows
+
+
+def versions():
+    names = ("torch", "transformers", "peft", "deepspeed")
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return {name: metadata.version(name) for name in names} | {"commit": commit.stdout.strip() or None}
+
+
+def validate_and_keep(run, model, processor, val, prompt, step, ranks, args):
+    """Validate, keep best/ → the row's validation fields. Without a validation set the newest state is the best."""
+    if not val:
+        run.keep_best(model, processor, prompt, step, run.state["best"] + 1)
+        return {}
+    scores, rows = validate(model, processor, val, prompt, ranks, args)
+    if ranks.main:
+        write_atomic(run.out / "validation" / f"step-{step}.jsonl", "".join(map(jsonl_line, rows)))
+    run.keep_best(model, processor, prompt, step, scores["jmere"]["f1"])
+    return {f"val_{name}_f1": values["f1"] for name, values in scores.items()}
+
+
+def check_step(model, step, loss, grad_norm, before, ids):
+    """Fail at once, not at hour ten: a loss that is no number, or a first update that changed nothing."""
+    if not math.isfinite(loss) or not math.isfinite(grad_norm):
+        raise InputError(
+            f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; examples {', '.join(ids)}: lower --lr, or look at these rows"
+        )
+    if before is not None and grad_norm > 0 and fingerprint(model) == before:
+        raise InputError(f"the first update changed no weight (gradient norm {grad_norm:.3g}): --lr is too small for this dtype")
+
+
+def say_stopped(run, step, total):
+    if run.ranks.main:
+        print(f"stopped after step {step} of {total}, saved in {run.out / 'last'}: the same command goes on", flush=True)
+
+
+def say_done(run, val):
+    if run.ranks.main:
+        score = f", validation JMERE F1 {run.state['best']:.4f} at step {run.state['best_step']}" if val else " (the last step: no --val)"
+        print(f"done: adapter in {run.out / 'best'}{score}", flush=True)

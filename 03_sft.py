@@ -1,0 +1,167 @@
+"""Stage 3 — supervised fine-tuning with LoRA (§3.2, Eq. 1): the response tokens of reasoning and answer, or of the answer alone.
+
+Deviations and decisions
+1. LoRA sits on every linear layer of the language model; the paper gives rank and alpha only.
+2. The loss is the mean over all response tokens of the whole batch, over ranks and micro-steps too, so that the number of ranks does not change it.
+3. Batches run on over the end of an epoch: no row is dropped.
+
+    deepspeed --num_gpus 1 03_sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --data sft.jsonl --val val.json --image-dir img --out runs/sft
+    deepspeed 03_sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --data sft.jsonl --val val.json --image-dir img --out runs/sft    # all GPUs
+    deepspeed 03_sft.py … --target answer --epochs 20 --data train.json --out runs/sft-answer                                # SFT baseline
+    python 03_sft.py --model runs/tiny --data sft.jsonl --out runs/sft --lora-rank 8 --lora-alpha 16                         # CPU, tiny model
+
+Reads:  --data  {"id": "a", "text": "…", "image": "img/a.jpg", "quintuples": [["A", "per", "B", "org", "member of"]], "cot": "Image Description: …"}
+Writes: OUT/best/ (PEFT adapter), OUT/last/, OUT/config.json,
+        OUT/metrics.jsonl  {"step": 1, "loss": 2.1, "lr": 1e-06, "grad_norm": 3.2, "tokens": 410, "tokens_per_second": 900.0, …}
+"""
+
+import argparse
+import time
+
+import torch
+from tqdm import tqdm
+
+import common
+import vlm
+from common import InputError
+
+# B rows a rank and micro-step   C response tokens, the stop id included
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    group = parser.add_argument_group("io")
+    group.add_argument("--data", required=True, help="sft.jsonl of 02_filter.py; with --target answer any annotated file")
+    group.add_argument("--image-dir", help="folder of the images [ours: beside the file that names them]")
+    group.add_argument("--out", required=True, help="folder of the run")
+    group.add_argument("--skip-bad", action="store_true", help="drop rows without usable image or fields, and say how many [ours: stop]")
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", required=True, help="Qwen2.5-VL or LLaVA-1.5 checkpoint: hub name or folder")
+    group.add_argument("--lora-rank", type=int, default=128, help="[paper App. A]")
+    group.add_argument("--lora-alpha", type=int, default=64, help="[paper App. A]")
+    group.add_argument("--lora-dropout", type=float, default=0.0, help="[ours: the paper names none]")
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--target", choices=("cot", "answer"), default="cot", help="CoT-SFT, or the SFT baseline without reasoning [paper §4]"
+    )
+    group.add_argument("--limit", type=int, help="train on the first N rows [ours: all]")
+    vlm.add_training_arguments(parser, epochs=5, lr=2e-5, warmup_ratio=0.06, schedule="cosine", provenance="paper App. A")
+    group = parser.add_argument_group("accumulation")
+    group.add_argument(
+        "--grad-accum", type=int, default=1, help="micro-steps of --batch-size rows a rank and update [paper App. A: 2 per GPU × 4]"
+    )
+    return parser.parse_args(argv)
+
+
+# ------------------------------------------------------------------------------------------------ pure functions
+
+
+def target_text(example, target):
+    """What the model learns to write: §3.2 reasoning and answer, or the answer alone."""
+    if target == "answer":
+        return common.format_answer(example.quintuples)
+    return common.format_response(example.row["cot"], example.quintuples)
+
+
+def target_ids(tokenizer, text, stop):
+    """Response tokens and the stop id: exactly these carry loss."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"] + [stop]
+
+
+def sft_loss(logps, completion_mask, batch_tokens):
+    """Eq. 1: negative log-likelihood of the response. [B, C], [B, C], tokens of the whole batch → scalar.
+
+    VARIANT: per-example means, label smoothing, token weights.
+    """
+    return -(logps * completion_mask).sum() / batch_tokens
+
+
+# ------------------------------------------------------------------------------------------------ main
+
+
+def load_data(args, ranks):
+    need = ("quintuples", "cot") if args.target == "cot" else ("quintuples",)
+    train = common.load_examples(args.data, args.image_dir, need=need, skip_bad=args.skip_bad)[: args.limit]
+    val = (
+        common.load_examples(args.val, args.image_dir, need=("quintuples",), skip_bad=args.skip_bad)[: args.eval_limit] if args.val else []
+    )
+    if args.target == "cot":
+        for example in train:
+            if common.parse_cot(example.row["cot"]) is None:
+                raise InputError(
+                    f"{args.data}: id {example.id}: 'cot' lacks one of its three parts (made by 01_distill.py, kept by 02_filter.py)"
+                )
+    return common.check_images(train, args.skip_bad), common.check_images(val, args.skip_bad) if val else []
+
+
+@common.cli
+def main(args):
+    # 1. Data, model, engine
+    ranks = vlm.setup(distributed=True)
+    torch.manual_seed(args.seed)  # KEEP: LoRA's A is drawn here, the same on every rank
+    config, dtype = vlm.read_ds_config(args, ranks)
+    train, val = load_data(args, ranks)
+    run = vlm.Run(args, ranks)
+    model, processor = vlm.load(args.model, dtype, ranks.device)
+    model = vlm.add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout)
+    stop = vlm.stop_ids(model, processor)[0]
+    engine = vlm.make_engine(model, args, config, args.grad_accum)
+
+    # 2. Sizes
+    prompt = "reason" if args.target == "cot" else "direct"
+    rank_rows = args.batch_size * args.grad_accum
+    rows = rank_rows * ranks.world
+    total = -(-int(len(train) * args.epochs) // rows)
+    eval_steps = max(1, round(len(train) * args.eval_every / rows))
+    if ranks.main:
+        sizes = f"{len(train)} rows, {rows} an update ({ranks.world} ranks × {args.grad_accum} × {args.batch_size})"
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print(f"{sizes}: {total} updates; {trainable:,} trainable parameters in {dtype}", flush=True)
+
+    # 3. Train
+    first = run.resume(engine)
+    bar = tqdm(total=total, initial=first, desc="sft", unit="step", disable=None if ranks.main else True)
+    for step in range(first, total):
+        began, before = time.perf_counter(), vlm.fingerprint(model) if step == 0 else None
+        for group in engine.optimizer.param_groups:
+            group["lr"] = vlm.lr_at(step, total, args)
+        batch = vlm.batch_indices(len(train), rows, step, args.seed)[ranks.rank * rank_rows : (ranks.rank + 1) * rank_rows]
+        targets = [target_ids(processor.tokenizer, target_text(train[i], args.target), stop) for i in batch]
+        tokens = ranks.sum(sum(map(len, targets)))[0]  # of the whole batch: 2 ranks × B = 1 rank × 2B
+        model.train()
+        nll = 0.0
+        for start in range(0, rank_rows, args.batch_size):
+            micro = slice(start, start + args.batch_size)
+            items = [(vlm.PROMPTS[prompt].format(text=train[i].text), train[i].image) for i in batch[micro]]
+            prompts = vlm.encode(model, processor, items)
+            logps, _, mask = vlm.completion_logps(model, prompts, [[ids] for ids in targets[micro]])  # [B, C]
+            loss = sft_loss(logps, mask, tokens)
+            nll += loss.item()
+            engine.backward(loss * args.grad_accum * ranks.world)  # DeepSpeed takes the mean over micro-steps and ranks; Eq. 1 sums them
+            engine.step()
+        loss = ranks.sum(nll)[0]
+        vlm.check_step(model, step, loss, engine.get_global_grad_norm(), before, [train[i].id for i in batch])
+        seconds = time.perf_counter() - began
+        row = {"step": step + 1, "epoch": round((step + 1) * rows / len(train), 4), "loss": loss, "lr": vlm.lr_at(step, total, args)}
+        row |= {"grad_norm": float(engine.get_global_grad_norm()), "tokens": int(tokens), "tokens_per_second": round(tokens / seconds, 1)}
+        row |= {"peak_memory_mib": round(vlm.peak_memory())}
+
+        # 4. Validate, save
+        last = step + 1 == total
+        if (step + 1) % eval_steps == 0 or last:
+            row |= vlm.validate_and_keep(run, model, processor, val, prompt, step + 1, ranks, args)
+        run.log([row])
+        bar.set_postfix(loss=f"{loss:.3f}", f1=f"{run.state['best']:.3f}" if val and run.state["best"] >= 0 else "–", refresh=False)
+        bar.update()
+        halt = run.should_stop() or step + 1 == args.stop_after
+        if last or halt or (step + 1) % args.save_every == 0:
+            run.save(engine, step + 1)
+        if halt and not last:
+            vlm.say_stopped(run, step + 1, total)
+            return
+    bar.close()
+    vlm.say_done(run, val)
+
+
+if __name__ == "__main__":
+    main(parse_args())

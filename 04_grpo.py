@@ -1,0 +1,245 @@
+"""Stage 4 — group relative policy optimisation, written out (§3.3, Eq. 2–7): rollout, rewards, advantages, loss, one update.
+
+Deviations and decisions
+1. One update a sampled batch, so the ratio of Eq. 6 is 1 and nothing is clipped (as in the paper); exp(logp − sg(logp)) keeps its gradient.
+2. The mean is over each response's tokens, then over the group, then over prompts; the stop id is a token of the response.
+3. A group whose rewards differ by less than 1e-6 has advantage 0; its KL still counts.
+4. The policy goes on from the SFT adapter; the reference is a frozen second copy of it. Without --adapter (Only-RL): a fresh LoRA, reference = base.
+
+    deepspeed 04_grpo.py --model Qwen/Qwen2.5-VL-7B-Instruct --adapter runs/sft/best --data train.json --val val.json \\
+        --image-dir img --out runs/grpo --group-size 8                                                        # all GPUs
+    deepspeed --num_gpus 1 04_grpo.py …                                                                       # one GPU
+    python 04_grpo.py --model runs/tiny --adapter runs/sft/best --data train.jsonl --out runs/grpo --max-new-tokens 96   # CPU, tiny model
+
+Reads:  --data  {"id": "a", "text": "…", "image": "img/a.jpg", "quintuples": [["A", "per", "B", "org", "member of"]]}, JMERE or MNRE
+Writes: OUT/best/ (PEFT adapter), OUT/last/, OUT/config.json, OUT/samples.jsonl,
+        OUT/metrics.jsonl  {"step": 1, "reward": 0.41, "accuracy": 0.1, "partial": 1.2, "format": 0.7, "kl": 0.0, "loss": 0.0, …}
+"""
+
+import argparse
+import time
+
+import torch
+from tqdm import tqdm
+
+import common
+import vlm
+
+# B prompts a rank and step   G responses a prompt   N = B·G   C completion tokens
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    group = parser.add_argument_group("io")
+    group.add_argument("--data", required=True, help="training examples in any of the three formats")
+    group.add_argument("--image-dir", help="folder of the images [ours: beside the file that names them]")
+    group.add_argument("--out", required=True, help="folder of the run")
+    group.add_argument("--skip-bad", action="store_true", help="drop rows without usable image or fields, and say how many [ours: stop]")
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", required=True, help="Qwen2.5-VL or LLaVA-1.5 checkpoint: hub name or folder")
+    group.add_argument("--adapter", help="best/ of 03_sft.py; absent: Only-RL [paper §4]")
+    group.add_argument("--lora-rank", type=int, default=128, help="of the fresh LoRA in Only-RL [paper App. A]")
+    group.add_argument("--lora-alpha", type=int, default=64, help="of the fresh LoRA in Only-RL [paper App. A]")
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--group-size", type=int, default=8, help="G, responses a prompt [paper Figure 3]")
+    group.add_argument(
+        "--temperature", type=float, default=1.0, help="of sampling and of the log-probs [ours: samples of the policy itself]"
+    )
+    group.add_argument("--limit", type=int, help="train on the first N examples [ours: all]")
+    group = parser.add_argument_group("algorithm")
+    group.add_argument("--alpha", type=float, default=0.2, help="weight of the partial reward, Eq. 5; 0 is the ablation [paper App. A]")
+    group.add_argument("--beta", type=float, default=0.1, help="weight of the format reward, Eq. 5 [paper App. A]")
+    group.add_argument("--kl-coef", type=float, default=0.01, help="λ of Eq. 7 [paper App. A]")
+    vlm.add_training_arguments(
+        parser, epochs=30, lr=2e-6, warmup_ratio=0.0, schedule="constant", provenance="paper App. A; warm-up ours: none"
+    )
+    group = parser.add_argument_group("samples")
+    group.add_argument("--log-samples-every", type=int, default=10, help="steps between two batches of responses in samples.jsonl [ours]")
+    return parser.parse_args(argv)
+
+
+# ------------------------------------------------------------------------------------------------ pure functions
+
+
+def group_advantages(rewards):
+    """Eq. 6: (r − mean) / (std + 1e-4) within each group, sample standard deviation. [B, G] → [B, G].
+
+    A constant group has nothing to teach: advantage 0. The test is on the spread in float64, because eight equal fp32
+    rewards can leave a non-zero r − mean.
+    VARIANT: no division by std (Dr. GRPO), baselines over the batch, leave-one-out.
+    """
+    rewards = rewards.double()
+    spread = rewards.amax(1, keepdim=True) - rewards.amin(1, keepdim=True)  # [B, 1]
+    if rewards.shape[1] == 1:
+        return torch.zeros_like(rewards).float()
+    advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
+    return torch.where(spread < 1e-6, 0.0, advantages).float()
+
+
+def grpo_loss(logps, ref_logps, advantages, completion_mask, kl_coef):
+    """Eq. 7: −[ratio · A − λ · k3], mean over each response's tokens, then over responses.
+
+    logps [N, C] with graph, ref_logps [N, C], advantages [N], completion_mask [N, C] → scalar loss, metrics.
+    VARIANT: clipping, token-mean over the batch (DAPO), other KL estimators.
+    """
+    assert logps.shape == ref_logps.shape == completion_mask.shape and advantages.shape == logps.shape[:1]
+    ratio = torch.exp(logps - logps.detach())  # [N, C], 1 in value: one update a batch
+    gap = ref_logps - logps
+    per_token_kl = torch.exp(gap) - gap - 1  # k3, never negative
+    per_token_loss = -(ratio * advantages[:, None] - kl_coef * per_token_kl)
+    lengths = completion_mask.sum(1).clamp(min=1)  # [N]
+    loss = ((per_token_loss * completion_mask).sum(1) / lengths).mean()
+    kl = ((per_token_kl.detach() * completion_mask).sum(1) / lengths).mean()
+    return loss, {"kl": kl.item()}
+
+
+def summarise(rewards, samples):
+    """Sums over this rank's responses, to be added up over ranks: rewards [B][G] of Reward, samples [B][G] of Sample."""
+    flat = [reward for group in rewards for reward in group]
+    drawn = [sample for group in samples for sample in group]
+    constant = sum(max(r.total for r in group) - min(r.total for r in group) < 1e-6 for group in rewards)
+    sums = [sum(values) for values in zip(*flat)] + [sum(r.total**2 for r in flat)]
+    return [*sums, constant, len(rewards), len(flat), sum(len(s.ids) for s in drawn), sum(not s.finished for s in drawn)]
+
+
+def metrics_row(sums):
+    """summarise() summed over ranks → what is logged."""
+    total, accuracy, partial, form, squares, constant, groups, n, tokens, cut = sums
+    std = max(0.0, squares / n - (total / n) ** 2) ** 0.5
+    row = {"reward": total / n, "reward_std": std, "accuracy": accuracy / n, "partial": partial / n, "format": form / n}
+    return row | {"constant_groups": constant / groups, "length": tokens / n, "cut_off": cut / n}
+
+
+# ------------------------------------------------------------------------------------------------ main
+
+
+def load_data(args):
+    train = common.load_examples(args.data, args.image_dir, need=("quintuples",), skip_bad=args.skip_bad)[: args.limit]
+    val = (
+        common.load_examples(args.val, args.image_dir, need=("quintuples",), skip_bad=args.skip_bad)[: args.eval_limit] if args.val else []
+    )
+    return common.check_images(train, args.skip_bad), common.check_images(val, args.skip_bad) if val else []
+
+
+def load_policy(args, dtype, device):
+    """Policy: one LoRA on the untouched base. Reference: a frozen second copy of the SFT adapter, or (Only-RL) the base."""
+    model, processor = vlm.load(args.model, dtype, device)
+    if args.adapter is None:
+        return vlm.add_lora(model, args.lora_rank, args.lora_alpha), processor
+    if vlm.adapter_prompt(args.adapter) != "reason":
+        raise common.InputError(f"--adapter {args.adapter}: trained with the direct prompt; GRPO needs 03_sft.py --target cot")
+    model = vlm.load_adapter(model, args.adapter, trainable=True)
+    model = vlm.load_adapter(model, args.adapter, name="reference")
+    return vlm.check_lora(model), processor
+
+
+@common.cli
+def main(args):
+    if args.group_size < 2:
+        raise common.InputError(f"--group-size {args.group_size}: a group needs at least 2 responses to compare")
+
+    # 1. Data, policy, engine
+    ranks = vlm.setup(distributed=True)
+    torch.manual_seed(args.seed)  # KEEP: Only-RL draws its LoRA here, the same on every rank
+    config, dtype = vlm.read_ds_config(args, ranks)
+    train, val = load_data(args)
+    run = vlm.Run(args, ranks)
+    model, processor = load_policy(args, dtype, ranks.device)
+    engine = vlm.make_engine(model, args, config, args.batch_size)  # a micro-step is one group
+
+    # 2. Sizes
+    batch_prompts = args.batch_size * ranks.world
+    total = -(-int(len(train) * args.epochs) // batch_prompts)
+    eval_steps = max(1, round(len(train) * args.eval_every / batch_prompts))
+    if ranks.main:
+        sizes = f"{len(train)} prompts, {batch_prompts} an update ({ranks.world} ranks × {args.batch_size}), G = {args.group_size}"
+        print(f"{sizes}: {total} updates in {dtype}; reference: {args.adapter or 'the base model (Only-RL)'}", flush=True)
+
+    # 3. Train
+    first = run.resume(engine)
+    bar = tqdm(total=total, initial=first, desc="grpo", unit="step", disable=None if ranks.main else True)
+    for step in range(first, total):
+        began, before = time.perf_counter(), vlm.fingerprint(model) if step == 0 else None
+        for group in engine.optimizer.param_groups:
+            group["lr"] = vlm.lr_at(step, total, args)
+        places = range(ranks.rank * args.batch_size, (ranks.rank + 1) * args.batch_size)  # of the whole batch
+        batch = vlm.batch_indices(len(train), batch_prompts, step, args.seed)
+        batch = [train[batch[place]] for place in places]
+
+        # 3a. Rollout: G responses of the current policy to each prompt
+        model.eval()  # KEEP: generation in train() under gradient checkpointing is silently wrong
+        prompts = vlm.encode(model, processor, [(vlm.PROMPTS["reason"].format(text=example.text), example.image) for example in batch])
+        keys = [(args.seed, step, place) for place in places]  # KEEP: of the place in the whole batch, so ranks do not change the samples
+        samples = vlm.sample(model, processor, prompts, args.group_size, args.max_new_tokens, args.temperature, keys=keys)
+        sampled = time.perf_counter()
+
+        # 3b. Rewards and advantages. VARIANT: any function of (response text, gold) that returns its parts by name
+        rewards = [[common.reward(s.text, e.quintuples, args.alpha, args.beta) for s in group] for e, group in zip(batch, samples)]
+        advantages = group_advantages(torch.tensor([[r.total for r in group] for group in rewards], dtype=torch.float64))  # [B, G]
+
+        # 3c. One backward a group, one update a batch
+        losses, kls, entropies = 0.0, 0.0, 0.0
+        for prompt, group, advantage in zip(prompts, samples, advantages.to(ranks.device)):
+            ids = [[s.ids for s in group]]
+            with torch.no_grad(), vlm.reference(model):
+                ref_logps, _, _ = vlm.completion_logps(model, [prompt], ids, args.temperature)  # [G, C]
+            model.train()
+            logps, entropy, mask = vlm.completion_logps(model, [prompt], ids, args.temperature)  # [G, C]
+            model.eval()
+            loss, metrics = grpo_loss(logps, ref_logps, advantage, mask, args.kl_coef)
+            engine.backward(loss)  # DeepSpeed takes the mean over the B micro-steps and the ranks
+            engine.step()
+            losses, kls, entropies = losses + loss.item(), kls + metrics["kl"], entropies + (entropy.sum() / mask.sum()).item()
+
+        # 4. Log
+        sums = ranks.sum(losses, kls, entropies, *summarise(rewards, samples))
+        loss, kl, entropy = (value / batch_prompts for value in sums[:3])
+        if step == 0 and kl != 0:
+            raise common.InputError(
+                f"KL is {kl} before the first update, expected 0: the reference is not the policy's start (dropout? other adapter?)"
+            )
+        vlm.check_step(model, step, loss, engine.get_global_grad_norm(), before, [example.id for example in batch])
+        seconds = time.perf_counter() - began
+        row = {"step": step + 1, "epoch": round((step + 1) * batch_prompts / len(train), 4), **metrics_row(sums[3:])}
+        row |= {
+            "kl": kl,
+            "loss": loss,
+            "entropy": entropy,
+            "lr": vlm.lr_at(step, total, args),
+            "grad_norm": float(engine.get_global_grad_norm()),
+        }
+        row |= {
+            "seconds": round(seconds, 3),
+            "sampling_seconds": round(sampled - began, 3),
+            "tokens_per_second": round(sums[-2] / seconds, 1),
+        }
+        row |= {"peak_memory_mib": round(vlm.peak_memory())}
+        if (step + 1) % args.log_samples_every == 0 or step == 0:
+            drawn = [
+                {"step": step + 1, "id": e.id, "response": s.text, "finished": s.finished, **r._asdict(), "advantage": a}
+                for e, group, parts, scale in zip(batch, samples, rewards, advantages.tolist())
+                for s, r, a in zip(group, parts, scale)
+            ]
+            run.log([row for part in ranks.gather(drawn) for row in part], "samples.jsonl")
+
+        # 5. Validate, save
+        last = step + 1 == total
+        if (step + 1) % eval_steps == 0 or last:
+            row |= vlm.validate_and_keep(run, model, processor, val, "reason", step + 1, ranks, args)
+        run.log([row])
+        bar.set_postfix_str(
+            f"reward {row['reward']:.3f} kl {kl:.4f} length {row['length']:.0f} {row['tokens_per_second']:.0f} tok/s", refresh=False
+        )
+        bar.update()
+        halt = run.should_stop() or step + 1 == args.stop_after
+        if last or halt or (step + 1) % args.save_every == 0:
+            run.save(engine, step + 1)
+        if halt and not last:
+            vlm.say_stopped(run, step + 1, total)
+            return
+    bar.close()
+    vlm.say_done(run, val)
+
+
+if __name__ == "__main__":
+    main(parse_args())

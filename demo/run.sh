@@ -74,7 +74,7 @@ run deepspeed --num_gpus "$RANKS" 04_grpo.py --model "$WORK/model" --adapter "$W
 
 step "8. evaluate (05)"
 run deepspeed --num_gpus "$RANKS" 05_eval.py --model "$WORK/model" --adapter "$WORK/grpo/best" --data "$WORK/world/test.jsonl" \
-  --out "$WORK/test" --max-new-tokens 96 --report
+  --out "$WORK/test" --max-new-tokens 96
 
 echo
-echo "Everything is in $WORK (report: $WORK/test/report.html). The weights started at random and saw a few examples: scores near zero are right here."
+echo "Everything is in $WORK. The weights started at random and saw a few examples: scores near zero are right here."

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 from demo import teacher, world
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def encode(image, form="PNG", **options):
@@ -317,9 +318,8 @@ def test_base_loads_forwards_and_generates(arch, tmp_path):
     for text in (PAIRS[0][0], world.chain(*PAIRS[0]), "<think>\nÉ…漢 🏆\n</think>\n<answer>\n[A, per, B, org, member of]\n</answer>"):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
     lead = len(tokenizer("x", add_special_tokens=False).input_ids)
-    assert [
-        name for name in world.LEXICON if len(tokenizer(f"x {name}", add_special_tokens=False).input_ids) > lead + len(name.split())
-    ] == []
+    for name in world.LEXICON:
+        assert len(tokenizer(f"x {name}", add_special_tokens=False).input_ids) == lead + len(name.split())
     end_ids = model.generation_config.eos_token_id
     assert tokenizer.eos_token_id in (end_ids if isinstance(end_ids, list) else [end_ids])
 

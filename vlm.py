@@ -574,7 +574,7 @@ class Run:
             old = json.loads(known.read_text())
             changed = [f"{name} {old.get(name)!r} → {config.get(name)!r}" for name in config if old.get(name) != config.get(name)]
             if changed:
-                return f"--out {self.out}: holds a run with other arguments ({'; '.join(changed)}): choose another folder, or --fresh to begin anew"
+                return f"--out {self.out}: holds a run with other arguments ({'; '.join(changed)}): choose another folder, or --fresh"
             return None
         write_atomic(known, json.dumps({**config, "versions": versions()}, indent=1) + "\n")
         return None
@@ -622,6 +622,8 @@ class Run:
             link.unlink(missing_ok=True)
             link.symlink_to(name)
             os.replace(link, self.out / "last")
+            for script in self.out.glob("zero_to_*.py"):  # DeepSpeed's converters, of no use without the frozen weights
+                script.unlink()
             for stale in self.out.glob(".step-*"):
                 if stale.name != name:
                     shutil.rmtree(stale)

@@ -1,0 +1,66 @@
+"""What several test files share: paths, the tiny models, the small world. Each is built once a worker."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT.parent / "shared" / "data"  # real annotations, not part of the repository
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ARCHITECTURES = ("qwen2_5_vl", "llava")
+
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the real annotations are not here: {DATA} (JMERE and MNRE text)")
+
+
+def stage(name):
+    """A numbered script as a module."""
+    return importlib.import_module(name)
+
+
+def run_script(*command, ranks=None, fails=False, env=None):
+    """Run a script as the README says, alone or through the deepspeed launcher → (exit code, stdout, stderr)."""
+    command = [str(part) for part in command]
+    if ranks:
+        port = 29500 + os.getpid() % 1000
+        command = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(port), *command]
+    else:
+        command = [sys.executable, *command]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PATH": path, **(env or {})}, timeout=900)
+    assert (done.returncode != 0) == fails, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+    assert fails is False or "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """tiny(arch) → folder of a tiny model of the real classes with random weights."""
+    built = {}
+
+    def get(arch):
+        if arch not in built:
+            from demo import make_base
+
+            built[arch] = tmp_path_factory.mktemp(arch)
+            make_base.build(arch, built[arch], make_base.corpus())
+        return built[arch]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Folder with train/val/test.jsonl and sft.jsonl: 16, 4 and 4 pictured tweets."""
+    import common
+
+    folder = tmp_path_factory.mktemp("world")
+    run_script("demo/world.py", "--out", folder, "--train", 16, "--val", 4, "--test", 4)
+    cot = "Image Description: a man\nVisual-Text Alignment: he is named\nQuintuple Reasoning: so it follows"
+    rows = [{**row, "cot": cot} for _, row in common.read_jsonl(folder / "train.jsonl")]
+    common.write_atomic(folder / "sft.jsonl", "".join(map(common.jsonl_line, rows)))
+    return folder

@@ -25,7 +25,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -70,13 +69,16 @@ def parse_args(argv=None):
     g.add_argument("--model", help="name or folder [paper §4: Qwen/Qwen2.5-VL-7B-Instruct, llava-hf/llava-1.5-7b-hf]")
     g.add_argument("--adapter", help="LoRA folder made by 03 or 04; absent: zero-shot")
     g.add_argument("--prompt", choices=("reason", "direct"), help="default: the adapter's own; zero-shot: direct [ours: not stated]")
-    g.add_argument("--dtype", default="auto", help="weights [upstream default]")
+    dtypes = ("auto", "bfloat16", "float32")
+    g.add_argument(
+        "--dtype", choices=dtypes, default="auto", help="of the weights; auto: bfloat16 on a GPU, float32 on CPU [ours: not stated]"
+    )
     g = p.add_argument_group("sampling")
     g.add_argument("--samples", type=int, default=1, help="responses per tweet, 100 in Figure 5 [paper §4]")
     g.add_argument("--temperature", type=float, default=0.8, help="0 is greedy [paper §4]")
     g.add_argument("--top-p", type=float, default=1.0, help="[ours: not stated, so none]")
     g.add_argument("--max-new-tokens", type=int, default=2048, help="[paper §4]")
-    g.add_argument("--batch-size", type=int, default=8, help="tweets decoded together; changes speed, not settings [ours]")
+    g.add_argument("--batch-rows", type=int, default=64, help="responses decoded together; changes speed, not answers [ours: fits 80 GB]")
     g = p.add_argument_group("scoring")
     g.add_argument("--vote", choices=("set", "tuple"), default="set", help="how several responses become one answer [paper §4; rule ours]")
     g.add_argument("--tau", type=float, default=0.5, help="share of responses a quintuple needs under --vote tuple [ours: majority]")
@@ -89,8 +91,8 @@ def parse_args(argv=None):
         p.error("--predictions scores what is stored: --model, --adapter and --prompt do not apply")
     if not args.predictions and not (args.model and args.data and args.out):
         p.error("give --model, --data and --out to predict, or --predictions FILE to score")
-    if min(args.samples, args.batch_size, args.resamples, args.max_new_tokens, args.limit or 1) < 1 or args.limit == 0:
-        p.error("--samples, --batch-size, --resamples, --max-new-tokens and --limit start at 1")
+    if min(args.samples, args.batch_rows, args.resamples, args.max_new_tokens, args.limit or 1) < 1 or args.limit == 0:
+        p.error("--samples, --batch-rows, --resamples, --max-new-tokens and --limit start at 1")
     if args.samples > 1 and args.temperature == 0:
         p.error(f"--samples {args.samples} with --temperature 0 would store one answer {args.samples} times: drop one of the two")
     if not 0 < args.tau <= 1:
@@ -115,22 +117,6 @@ def adapter_hash(folder):
             while chunk := handle.read(1 << 24):
                 digest.update(chunk)
     return digest.hexdigest()[:16]
-
-
-def cut_torn(path):
-    """Cut an unfinished last line: what a run killed in the middle of a write leaves."""
-    with open(path, "rb+") as handle:
-        size = position = handle.seek(0, os.SEEK_END)
-        while position:  # backwards in blocks to the last line end
-            start = max(0, position - (1 << 16))
-            handle.seek(start)
-            if (found := handle.read(position - start).rfind(b"\n")) >= 0:
-                position = start + found + 1
-                break
-            position = start
-        if position < size:
-            handle.truncate(position)
-            print(f"{path}: cut {size - position} bytes of an unfinished last line")
 
 
 def stored(out, known, settings):
@@ -168,7 +154,7 @@ def merge(out, known, settings):
             path, offset = where[example.id]
             sources[path].seek(offset)
             row = json.loads(sources[path].readline())
-            row.pop("quintuples", None)
+            row = {name: value for name, value in row.items() if name not in ("quintuples", "key", "usage")}
             handle.write(common.jsonl_line({**common.to_row(example, target), **row}))
         handle.flush()
         os.fsync(handle.fileno())
@@ -177,56 +163,67 @@ def merge(out, known, settings):
         part.unlink()
 
 
+def take(args, out, stack):
+    """Rank 0, before anybody reads OUT: lock it for this run, delete or mend what a killed run left. → what is wrong, or None."""
+    try:
+        stack.enter_context(common.AppendFile(out / ".lock"))
+        for path in out.glob("predictions*.jsonl") if args.fresh else ():
+            path.unlink()
+        for path in out.glob("predictions.rank*.jsonl"):  # perhaps of more ranks than today
+            common.AppendFile(path).handle.close()  # opening cuts a torn last line
+    except InputError as error:
+        return error
+
+
 def predict(args, examples, known, out):
     """Store --samples responses for each example that has none yet. → True on the rank that goes on to score."""
     import vlm  # torch lives there: scoring a stored file needs none of it
 
-    dist = vlm.setup(args.seed)
+    ranks, stack = vlm.setup(), contextlib.ExitStack()
     own = vlm.adapter_prompt(args.adapter) if args.adapter else "direct"
     prompt = args.prompt or own
-    if dist.rank == 0 and args.adapter and prompt != own:
+    if ranks.main and args.adapter and prompt != own:
         print(f"note: the adapter was trained with the {own} prompt, --prompt {prompt} overrides it")
     template = common.REASON_PROMPT if prompt == "reason" else common.DIRECT_PROMPT
-    settings = {name: getattr(args, name) for name in ("model", "dtype", "samples", "temperature", "top_p", "max_new_tokens", "seed")}
+    settings = {name: getattr(args, name) for name in ("model", "samples", "temperature", "top_p", "max_new_tokens", "seed")}
+    settings["dtype"] = args.dtype if args.dtype != "auto" else "float32" if ranks.device.type == "cpu" else "bfloat16"
     settings["adapter"] = adapter_hash(args.adapter) if args.adapter else None
     settings["prompt"] = hashlib.sha256(template.encode()).hexdigest()[:16]
 
-    # 1. What is stored already. KEEP: all ranks read between the two barriers, so none appends while another reads.
-    if dist.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        for path in out.glob("predictions*.jsonl"):
-            path.unlink() if args.fresh else cut_torn(path)
-    dist.barrier()
-    done = stored(out, known, settings)
-    dist.barrier()
+    with stack:
+        # 1. What is stored already. KEEP: all ranks read between gather and barrier, so none appends while another reads.
+        fault = ranks.gather(take(args, out, stack) if ranks.main else None)[0]
+        if fault:
+            raise fault
+        done = stored(out, known, settings)
+        ranks.barrier()
 
-    # 2. Generate, longest prompts first: memory runs out at the start or never. Each rank appends to its own file.
-    todo = sorted((e for e in examples if e.id not in done), key=prompt_length, reverse=True)[dist.rank :: dist.world]
-    if dist.rank == 0:
-        old = sum(e.id in done for e in examples)
-        print(f"{len(examples)} tweets, {old} stored already, {args.samples} responses each, {prompt} prompt")
-    if todo:
-        model, processor = vlm.load(args.model, dtype=args.dtype, device=dist.device)
-        model = vlm.load_adapter(model, args.adapter) if args.adapter else model
-    part = out / f"predictions.rank{dist.rank}.jsonl"
-    bar = tqdm(total=len(todo), unit="tweet", disable=dist.rank > 0 or None)
-    with open(part, "a", encoding="utf-8", newline="\n") as handle, bar:
-        for start in range(0, len(todo), args.batch_size):
-            batch = todo[start : start + args.batch_size]
-            items = [(template.format(text=e.text), e.image) for e in batch]
-            seeds = [zlib.crc32(e.id.encode()) for e in batch]  # by id: the same answers whatever the batch, rank or --limit
-            sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_new_tokens": args.max_new_tokens}
-            answers = vlm.generate(model, processor, items, n=args.samples, **sampling, seed=args.seed, seeds=seeds)
-            for example, samples in zip(batch, answers, strict=True):
-                responses = [{"text": s.text, "finished": bool(s.finished), "tokens": len(s.ids)} for s in samples]
-                row = {**common.to_row(example, part), "prompt": prompt, "responses": responses, "settings": settings}
-                handle.write(common.jsonl_line(row))
-            handle.flush()
-            bar.update(len(batch))
-    dist.barrier()
-    if dist.rank == 0:
-        merge(out, known, settings)
-    return dist.rank == 0
+        # 2. Generate, longest prompts first: memory runs out at the start or never. Each rank appends to its own file.
+        todo = sorted((e for e in examples if e.id not in done), key=prompt_length, reverse=True)[ranks.rank :: ranks.world]
+        if ranks.main:
+            old = sum(e.id in done for e in examples)
+            print(f"{len(examples)} tweets, {old} stored already, {args.samples} responses each, {prompt} prompt, {settings['dtype']}")
+        if todo:
+            model, processor = vlm.load(args.model, getattr(vlm.torch, settings["dtype"]), ranks.device)
+            model = vlm.load_adapter(model, args.adapter) if args.adapter else model
+            sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p}
+            part, size = out / f"predictions.rank{ranks.rank}.jsonl", max(1, args.batch_rows // args.samples)
+            bar = tqdm(total=len(todo), unit="tweet", disable=not ranks.main or None)
+            with common.AppendFile(part) as file, bar:
+                for start in range(0, len(todo), size):
+                    batch = todo[start : start + size]
+                    items = [(template.format(text=e.text), e.image) for e in batch]
+                    keys = [(args.seed, e.id) for e in batch]  # the same answers whatever the batch, the ranks or --limit
+                    answers = vlm.generate(model, processor, items, args.samples, **sampling, keys=keys, batch_rows=args.batch_rows)
+                    for example, samples in zip(batch, answers, strict=True):
+                        responses = [{"text": s.text, "finished": s.finished, "tokens": len(s.ids)} for s in samples]
+                        row = {**common.to_row(example, part), "prompt": prompt, "responses": responses, "settings": settings}
+                        file.append([{**row, "key": example.id, "usage": None}])
+                    bar.update(len(batch))
+        ranks.barrier()
+        if ranks.main:
+            merge(out, known, settings)
+    return ranks.main
 
 
 # ------------------------------------------------------------------------------------------------ read and vote

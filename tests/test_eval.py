@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+import torch
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -371,19 +374,38 @@ def test_wrong_arguments(args):
 # ------------------------------------------------------------------------------------------------ predict, with a stand-in for vlm
 
 
+class FakeRanks:
+    """vlm.Ranks for threads of one process."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, rank, values, meeting):
+        self.rank, self.world, self.main, self.values, self.meeting = rank, len(values), rank == 0, values, meeting
+
+    def barrier(self):
+        self.meeting.wait()
+
+    def gather(self, value):
+        self.values[self.rank] = value
+        self.meeting.wait()
+        return list(self.values)
+
+
 class FakeVlm(types.SimpleNamespace):
-    """What 05 uses of vlm.py. Answers depend on the tweet's seed alone; dies before tweet number `dies_at`."""
+    """What 05 uses of vlm.py. Answers depend on the tweet's key alone; dies before tweet number `dies_at`."""
 
     def __init__(self, ranks=(0,), dies_at=None, own="reason"):
-        super().__init__(ranks=ranks, started=iter(ranks), dies_at=dies_at, own=own, items=[], loaded=[], calls=[])
-        self.barrier = threading.Barrier(len(ranks), timeout=60)
+        meeting, values = threading.Barrier(len(ranks), timeout=60), [None] * len(ranks)
+        super().__init__(torch=torch, dies_at=dies_at, own=own, items=[], loaded=[], calls=[])
+        self.ranks = iter([FakeRanks(rank, values, meeting) for rank in ranks])
 
-    def setup(self, seed):
-        return types.SimpleNamespace(rank=next(self.started, 0), world=len(self.ranks), device="cpu", barrier=self.barrier.wait)
+    def setup(self):
+        return next(self.ranks)
 
-    def load(self, model, dtype, device):
-        self.loaded.append(model)
-        return model, None
+    def load(self, name, dtype, device):
+        assert dtype is torch.float32 and device.type == "cpu"
+        self.loaded.append(name)
+        return name, None
 
     def load_adapter(self, model, folder):
         self.loaded.append(str(folder))
@@ -392,14 +414,12 @@ class FakeVlm(types.SimpleNamespace):
     def adapter_prompt(self, folder):
         return self.own
 
-    def generate(self, model, processor, items, n, max_new_tokens, temperature, top_p, seed, seeds):
-        self.calls.append(
-            {"n": n, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "rows": len(items)}
-        )
+    def generate(self, model, processor, items, n, max_new_tokens, temperature, top_p, keys, batch_rows):
+        self.calls.append({"n": n, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "rows": len(items) * n})
         if self.dies_at is not None and len(self.items) + len(items) > self.dies_at:
             raise KeyboardInterrupt
         self.items += items
-        text = [respond(common.format_answer([GOLD]), think=f"seed {s}") for s in seeds]
+        text = [respond(common.format_answer([GOLD]), think=f"key {key}") for key in keys]
         return [[types.SimpleNamespace(text=f"{t}", ids=[1, 2], finished=True) for _ in range(n)] for t in text]
 
 
@@ -416,7 +436,7 @@ def tweets(tmp_path):
 
 def evaluate(monkeypatch, vlm, data, out, *more):
     monkeypatch.setitem(sys.modules, "vlm", vlm)
-    ev.main(ev.parse_args(["--model", "tiny", "--data", str(data), "--out", str(out), "--batch-size", "2", *more]))
+    ev.main(ev.parse_args(["--model", "tiny", "--data", str(data), "--out", str(out), "--batch-rows", "2", *more]))
     return vlm
 
 
@@ -425,16 +445,16 @@ def test_predict_stores_then_scores(monkeypatch, tweets, tmp_path, capsys):
     adapter.mkdir()
     (adapter / "adapter_model.safetensors").write_bytes(b"weights")
     out = tmp_path / "run"
-    vlm = evaluate(monkeypatch, FakeVlm(), tweets, out, "--adapter", str(adapter), "--samples", "3")
+    vlm = evaluate(monkeypatch, FakeVlm(), tweets, out, "--adapter", str(adapter), "--samples", "3", "--batch-rows", "7")
     assert vlm.loaded == ["tiny", str(adapter)]
-    assert vlm.calls[0] == {"n": 3, "max_new_tokens": 2048, "temperature": 0.8, "top_p": 1.0, "seed": 0, "rows": 2}  # the paper's
+    assert vlm.calls[0] == {"n": 3, "max_new_tokens": 2048, "temperature": 0.8, "top_p": 1.0, "rows": 6}  # the paper's
     order = [prompt.split("Tweet: ")[1].split("{text}")[0].count("word") for prompt, _ in vlm.items]
     assert order == [3, 5, 4, 2, 1, 0]  # longest first, the image included; a brace in a tweet is text
     assert "<think>" in vlm.items[0][0] and Path(vlm.items[0][1]).name == "280.png"
     rows = [row for _, row in common.read_jsonl(out / "predictions.jsonl")]
     assert [row["id"] for row in rows] == [f"t{i}" for i in range(6)] and len(rows[0]["responses"]) == 3  # in the order of the data
     assert rows[0]["image"] == "../28.png" and rows[0]["prompt"] == "reason" and rows[0]["quintuples"] == [list(GOLD)]
-    assert sorted(path.name for path in out.iterdir()) == ["metrics.json", "predictions.jsonl", "quintuples.jsonl"]
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "metrics.json", "predictions.jsonl", "quintuples.jsonl"]
     assert json.loads((out / "metrics.json").read_text())["scores"]["jmere"]["f1"] == 1.0
     capsys.readouterr()
     (adapter / "adapter_model.safetensors").write_bytes(b"trained on")  # same folder, other weights: not the old predictions
@@ -482,10 +502,10 @@ def test_ranks_share_the_work_and_rank_0_merges(monkeypatch, tweets, tmp_path):
     vlm = FakeVlm(ranks=(1, 0))
     with ThreadPoolExecutor(2) as pool:  # one thread a rank, with a real barrier
         monkeypatch.setitem(sys.modules, "vlm", vlm)
-        args = ["--model", "tiny", "--data", str(tweets), "--out", str(two), "--batch-size", "2"]
-        assert [done.result() for done in [pool.submit(ev.main, ev.parse_args(args)) for _ in vlm.ranks]] == [None, None]
+        args = ["--model", "tiny", "--data", str(tweets), "--out", str(two), "--batch-rows", "2"]
+        assert [done.result() for done in [pool.submit(ev.main, ev.parse_args(args)) for _ in (0, 1)]] == [None, None]
     assert len(vlm.items) == len(set(vlm.items)) == 6 and sorted(c["rows"] for c in vlm.calls) == [1, 1, 2, 2]
-    assert sorted(path.name for path in two.iterdir()) == ["metrics.json", "predictions.jsonl", "quintuples.jsonl"]
+    assert sorted(path.name for path in two.iterdir()) == [".lock", "metrics.json", "predictions.jsonl", "quintuples.jsonl"]
     assert (two / "predictions.jsonl").read_bytes() == (one / "predictions.jsonl").read_bytes()
 
 
@@ -544,22 +564,66 @@ def test_a_bad_image_is_found_before_the_model_is_loaded(monkeypatch, tweets, tm
     assert len(evaluate(monkeypatch, vlm, tweets, tmp_path / "run", "--skip-bad").items) == 5
 
 
-@settings(max_examples=30)
-@given(st.binary(max_size=300), st.binary(max_size=50))
-def test_cut_torn_leaves_whole_lines(tmp_path_factory, body, tail):
-    path = tmp_path_factory.mktemp("torn") / "p.jsonl"
-    whole = b"".join(line + b"\n" for line in body.split(b"\n")[:-1])
-    path.write_bytes(whole + tail.replace(b"\n", b""))
-    ev.cut_torn(path)
-    assert path.read_bytes() == whole
+def test_a_second_run_on_the_same_out_is_refused(monkeypatch, tweets, tmp_path, capsys):
+    with common.AppendFile(tmp_path / "run" / ".lock"), pytest.raises(SystemExit) as stopped:
+        evaluate(monkeypatch, FakeVlm(), tweets, tmp_path / "run", "--fresh")
+    assert stopped.value.code == 2 and "another process writes to it" in capsys.readouterr().err
 
 
-def test_long_torn_line(tmp_path):
-    path = tmp_path / "p.jsonl"
-    for start in (b"", b"whole\n"):
-        path.write_bytes(start + b"x" * 200_000)
-        ev.cut_torn(path)
-        assert path.read_bytes() == start
+# ------------------------------------------------------------------------------------------------ predict, with a real tiny model
+
+ENV = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+}
+
+
+@pytest.fixture(scope="module")
+def small_world(tmp_path_factory):
+    out = tmp_path_factory.mktemp("world")
+    subprocess.run([sys.executable, ROOT / "demo/world.py", "--out", out, "--train", "1", "--val", "1", "--test", "5"], check=True, env=ENV)
+    return out
+
+
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "llava"])
+def tiny(request, tmp_path_factory):
+    out = tmp_path_factory.mktemp(request.param)
+    subprocess.run([sys.executable, ROOT / "demo/make_base.py", "--arch", request.param, "--out", out], check=True, env=ENV)
+    return out
+
+
+def shell(command, *args):
+    done = subprocess.run([*map(str, command), *map(str, args)], capture_output=True, text=True, env=ENV, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def texts(out):
+    return {row["id"]: [r["text"] for r in row["responses"]] for _, row in common.read_jsonl(out / "predictions.jsonl")}
+
+
+def test_a_real_model_predicts_the_same_on_any_number_of_ranks(tiny, small_world, tmp_path):
+    import vlm
+
+    model, processor = vlm.load(tiny)
+    torch.manual_seed(1)
+    model = vlm.add_lora(model, 4, 8)
+    vlm.save_adapter(model, processor, tmp_path / "adapter", "direct")
+    common_args = ["--model", tiny, "--adapter", tmp_path / "adapter", "--data", small_world / "test.jsonl", "--max-new-tokens", "12"]
+    sampled = [*common_args, "--samples", "3"]
+    one = shell([sys.executable, "05_eval.py"], *sampled, "--out", tmp_path / "one", "--batch-rows", "3")
+    assert "5 tweets, 0 stored already, 3 responses each, direct prompt, float32" in one and "15 responses" in one
+    launcher = shutil.which("deepspeed", path=ENV["PATH"])
+    if launcher is None:
+        pytest.skip("the deepspeed launcher is not installed")
+    shell([launcher, "--num_gpus", "2", "05_eval.py"], *sampled, "--out", tmp_path / "two", "--batch-rows", "6")
+    assert texts(tmp_path / "one") == texts(tmp_path / "two")
+    assert len({text for answers in texts(tmp_path / "one").values() for text in answers}) > 10  # sampled, not one text for all
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [".lock", "metrics.json", "predictions.jsonl", "quintuples.jsonl"]
+    again = shell([sys.executable, "05_eval.py"], *sampled, "--out", tmp_path / "two")
+    assert "5 tweets, 5 stored already" in again
 
 
 def test_table_columns_line_up():

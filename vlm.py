@@ -570,7 +570,7 @@ class Run:
         config = {"script": Path(sys.argv[0]).name, "world": self.ranks.world}
         config |= {name: value for name, value in vars(args).items() if name not in self.FREE}
         known = self.out / "config.json"
-        if known.exists():
+        if known.exists() and (self.out / "metrics.jsonl").exists():  # a run that failed before its first step binds nobody
             old = json.loads(known.read_text())
             changed = [f"{name} {old.get(name)!r} → {config.get(name)!r}" for name in config if old.get(name) != config.get(name)]
             if changed:

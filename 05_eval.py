@@ -71,9 +71,7 @@ TABLES = {  # section: {row: the paper's JMERE P, R, F1 and MNER F1 on the test 
         "Only-RL": (40.11, 34.53, 37.11, 71.89),
         "JMERE-R1": (58.99, 54.84, 56.84, 79.20),
     },
-    "Ablations (Table 2)": dict.fromkeys(
-        ("no partial reward", "no score filter", "no re-prediction filter", "no filter"), (None, None, None, None)
-    ),
+    "Ablations (Table 2)": dict.fromkeys(("no partial reward", "no score filter", "no re-prediction filter", "no filter"), (None,) * 4),
     "Other runs": {},
 }
 
@@ -96,9 +94,7 @@ def parse_args(argv=None):
     g.add_argument("--adapter", help="LoRA folder made by 03 or 04; absent: zero-shot")
     g.add_argument("--prompt", choices=("reason", "direct"), help="default: the adapter's own; zero-shot: direct [ours: not stated]")
     dtypes = ("auto", "bfloat16", "float32")
-    g.add_argument(
-        "--dtype", choices=dtypes, default="auto", help="of the weights; auto: bfloat16 on a GPU, float32 on CPU [ours: not stated]"
-    )
+    g.add_argument("--dtype", choices=dtypes, default="auto", help="auto: bfloat16 on a GPU, float32 on CPU [ours: not stated]")
     g = p.add_argument_group("sampling")
     g.add_argument("--samples", type=int, default=1, help="responses per tweet, 100 in Figure 5 [paper §4]")
     g.add_argument("--top-p", type=float, default=1.0, help="[ours: not stated, so none]")
@@ -108,14 +104,10 @@ def parse_args(argv=None):
     g.add_argument("--vote", choices=("set", "tuple"), default="set", help="how several responses become one answer [paper §4; rule ours]")
     g.add_argument("--tau", type=float, default=0.5, help="share of responses a quintuple needs under --vote tuple [ours: majority]")
     g.add_argument("--resamples", type=int, default=1000, help="of the bootstrap [ours: usual]")
-    g.add_argument(
-        "--tau-from", metavar="RUN", help="stored validation predictions: take the --tau that is best there [ours: never on test]"
-    )
+    g.add_argument("--tau-from", metavar="RUN", help="stored validation predictions: take the --tau best there [ours: never on test]")
     g.add_argument("--subsets", type=int, default=20, help="random subsets for F1@k [ours]")
     g = p.add_argument_group("API models and shared settings", "--temperature is 0.8 without --api [paper §4]; 0 is greedy")
-    g.add_argument(
-        "--api", action="store_true", help="--model is one of an OpenAI-compatible server, key in OPENAI_API_KEY [paper §4: GPT-4o]"
-    )
+    g.add_argument("--api", action="store_true", help="--model is an OpenAI-compatible server's, key in OPENAI_API_KEY [paper §4: GPT-4o]")
     common.add_api_arguments(g, g)
     g = p.add_argument_group("runtime")
     g.add_argument("--seed", type=int, default=0, help="of sampling and bootstrap [ours]")
@@ -130,6 +122,8 @@ def parse_args(argv=None):
         p.error("--samples, --batch-rows, --resamples, --subsets, --max-new-tokens and --limit start at 1")
     if args.report and (not args.out or args.compare):
         p.error("--report needs --out, and one run")
+    if args.tau_from and args.vote != "tuple":
+        p.error("--tau-from belongs to --vote tuple")
     if args.api and args.adapter:
         p.error("--api asks a server: --adapter does not apply")
     if not args.api:
@@ -345,7 +339,7 @@ def _from_responses(path, number, row):
         said = finished and item.get("status", "ok") == "ok" if direct else "</answer>" in item["text"]
         answers.append(response.quintuples)
         parsed.append(bool(response.quintuples or said and not response.malformed))
-        thoughts.add(hash(" ".join(response.think.split())))
+        thoughts |= {hash(" ".join(response.think.split()))} if response.think else set()
         shape = {"well_formed": response.well_formed and finished, "cut_off": not finished, "unparsed": not parsed[-1]}
         counts.update({"responses": 1, **{name: int(value) for name, value in shape.items()}, "malformed_items": response.malformed})
     return Prediction(answers, parsed, counts, len(thoughts))
@@ -589,19 +583,24 @@ def evaluate(args, examples, predictions):
     return metrics, finals
 
 
-def stored_run(path, args, known=None):
+def stored_file(path):
+    """A stored file, or the one in an --out folder."""
+    return Path(path) / "predictions.jsonl" if Path(path).is_dir() else Path(path)
+
+
+def stored_run(path, known=None, limit=None):
     """(examples, {id: Prediction}) of a stored file or an --out folder. known: the gold of --data, else the file's own."""
-    path = Path(path) / "predictions.jsonl" if Path(path).is_dir() else Path(path)
+    path = stored_file(path)
     if known is None:
         if "responses" not in next(common.read_jsonl(path), (0, {}))[1]:
             raise InputError(f"{path}: holds quintuples without the tweets they are of: give the gold with --data")
         known = {e.id: dataclasses.replace(e, row={}) for e in common.load_examples(path)}  # the responses are read one row at a time
-    return list(known.values())[: args.limit], read_predictions(path, known)
+    return list(known.values())[:limit], read_predictions(path, known)
 
 
 def best_tau(args):
     """The τ of the tuple vote with the best F1 on stored validation predictions; the middle one of equals."""
-    examples, predictions = stored_run(args.tau_from, args)
+    examples, predictions = stored_run(args.tau_from)
     if any(e.quintuples is None for e in examples):
         raise InputError(f"--tau-from {args.tau_from}: has tweets without gold, so no F1")
     scores, golds = {}, [e.quintuples for e in examples]
@@ -625,7 +624,7 @@ def compare(args, known):
         name = name or (Path(path).stem if Path(path).stem != "predictions" else Path(path).absolute().parent.name)
         if plain(name) in rows:
             raise InputError(f"--compare: two runs are named {name}: name them, as in SFT={path}")
-        examples, predictions = stored_run(path, args, gold)
+        examples, predictions = stored_run(path, gold, args.limit)
         gold = gold or {e.id: e for e in examples}
         if any(e.quintuples is None for e in examples):
             raise InputError(f"{path}: has tweets without gold: give the gold with --data")
@@ -639,18 +638,16 @@ def compare(args, known):
             first = (scores["jmere"]["f1"], samples)
         else:
             difference = samples - first[1]
-            p = min(1.0, 2 * min((difference <= 0).mean(), (difference >= 0).mean()))
-            row |= {
-                "f1_difference": scores["jmere"]["f1"] - first[0],
-                "difference_95": np.percentile(difference, (2.5, 97.5)).tolist(),
-                "p": p,
-            }
+            tail = 1 + min((difference <= 0).sum(), (difference >= 0).sum()).item()  # + 1: no finite number of resamples shows p = 0
+            row |= {"f1_difference": scores["jmere"]["f1"] - first[0], "p": min(1.0, 2 * tail / (args.resamples + 1))}
+            row["difference_95"] = np.percentile(difference, (2.5, 97.5)).tolist()
         rows[plain(name)] = row
     papers = {plain(name): (section, name, row) for section, group in TABLES.items() for name, row in group.items()}
     result = [{"section": section, "name": name, "paper": paper, **rows.pop(key, {})} for key, (section, name, paper) in papers.items()]
-    for key, row in rows.items():  # runs that are no row of the paper
-        starts = {"zeroshot": "Zero-shot (Table 3)", "no": "Ablations (Table 2)", "without": "Ablations (Table 2)"}
-        result.append({"section": next((starts[s] for s in starts if key.startswith(s)), "Other runs"), "paper": None, **row})
+    starts = {"zero-shot": "Zero-shot (Table 3)", **dict.fromkeys(("no ", "without ", "w/o "), "Ablations (Table 2)")}
+    for row in rows.values():  # runs that are no row of the paper
+        section = next((starts[s] for s in starts if row["name"].casefold().startswith(s)), "Other runs")
+        result.append({"section": section, "paper": None, **row})
     return sorted(result, key=lambda row: list(TABLES).index(row["section"]))
 
 
@@ -727,11 +724,8 @@ def write_report(args, out, path, examples, predictions, finals, metrics):
             shown[name] = shown_example(rest.pop(name), predictions[name], finals[name], row)
     shown |= {name: shown_example(example, None, [], {}) for name, example in rest.items()}
     facts = {"tweets": metrics["examples"], "from": Path(path).name, **{n: settings.get(n) for n in ("model", "adapter", "temperature")}}
-    facts |= {
-        "responses": metrics["responses"].get("responses"),
-        "vote": metrics["vote"],
-        "without prediction": metrics["without_prediction"],
-    }
+    facts |= {"responses": metrics["responses"].get("responses"), "vote": metrics["vote"] if "samples" in metrics else None}
+    facts |= {"without prediction": metrics["without_prediction"]}
     data = {"run": out.absolute().name, "facts": {name: value for name, value in facts.items() if value}, "metrics": metrics}
     data |= {"rules": RULES, "errors": ERRORS, "shown": [shown[e.id] for e in examples[: args.report_examples]]}
     data["paper"] = [(name, row[2]) for group in TABLES.values() for name, row in group.items() if row[2]]
@@ -764,14 +758,14 @@ def main(args):
         return None
 
     # 2. Predictions, stored
-    path, failed = Path(args.predictions) if args.predictions else out / "predictions.jsonl", 0
+    path, failed = stored_file(args.predictions) if args.predictions else out / "predictions.jsonl", 0
     if args.api:
         failed = ask(args, examples, known, out)
         if failed is None:
             return None
     elif not args.predictions and not predict(args, examples, known, out):
         return None
-    examples, predictions = stored_run(path, args, known)
+    examples, predictions = stored_run(path, known, args.limit)
 
     # 3. Score that file
     metrics, finals = evaluate(args, examples, predictions)

@@ -618,10 +618,12 @@ def test_a_real_model_predicts_the_same_on_any_number_of_ranks(tiny, small_world
     launcher = shutil.which("deepspeed", path=ENV["PATH"])
     if launcher is None:
         pytest.skip("the deepspeed launcher is not installed")
-    shell([launcher, "--num_gpus", "2", "05_eval.py"], *sampled, "--out", tmp_path / "two", "--batch-rows", "6")
+    shell([launcher, "--num_gpus", "2", "05_eval.py"], *sampled, "--out", tmp_path / "two", "--batch-rows", "6", "--report")
     assert texts(tmp_path / "one") == texts(tmp_path / "two")
     assert len({text for answers in texts(tmp_path / "one").values() for text in answers}) > 10  # sampled, not one text for all
-    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [".lock", "metrics.json", "predictions.jsonl", "quintuples.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [
+        *(".lock", "metrics.json", "predictions.jsonl", "quintuples.jsonl", "report.html")
+    ]
     again = shell([sys.executable, "05_eval.py"], *sampled, "--out", tmp_path / "two")
     assert "5 tweets, 5 stored already" in again
 

@@ -56,7 +56,7 @@ def finish(row):
 
 def check_same_run(path, jobs):
     """Refuse an output whose rows come from another prompt, model or image: two runs in one file are no data set."""
-    keys = {job.row["id"]: job.stamp["key"] for job in jobs}
+    keys = {job.row["id"]: job.key for job in jobs}
     for number, row in common.read_jsonl(path):
         if keys.get(row["id"], row["key"]) != row["key"]:
             was = f"{row['model']} with {json.dumps(row['params'])}, prompt {row['prompt_hash']}, image {row['image_hash']}"
@@ -65,7 +65,7 @@ def check_same_run(path, jobs):
 
 def funnel(path, jobs):
     """What became of the candidates of this run → (stages, reasons)."""
-    keys, status, answered, good = {job.stamp["key"] for job in jobs}, Counter(), set(), set()
+    keys, status, answered, good = {job.key for job in jobs}, Counter(), set(), set()
     for _, row in common.read_jsonl(path):
         if row["key"] in keys:
             status[row["status"]] += 1

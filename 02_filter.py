@@ -134,7 +134,7 @@ def ask(client, candidates, prompts, path, title, dry_run):
     with common.AppendFile(path) as out:
         failed = common.ask_all(client, jobs, out)
         answers = {row["key"]: row for _, row in common.read_jsonl(path)}
-    return {name: answers[job.stamp["key"]] for name, job in zip(names, jobs) if job.stamp["key"] in answers}, failed
+    return {name: answers[job.key] for name, job in zip(names, jobs) if job.key in answers}, failed
 
 
 def name_of(candidate):
@@ -155,6 +155,7 @@ def main(args):
     # 1. candidates, every fault found before the first paid call
     need = ("quintuples", "candidate", "cot", "status")
     loaded = common.load_examples(args.cot, args.image_dir, need, key=("id", "candidate"), skip_bad=args.skip_bad)
+    loaded.sort(key=name_of)  # 01 writes as answers come in; the output should not depend on that
     firsts = list({example.id: example for example in reversed(loaded)}.values())[::-1][: args.limit]
     ids = {example.id for example in common.check_images(firsts, args.skip_bad)} if paid else {example.id for example in firsts}
     alive = [candidate for candidate in loaded if candidate.id in ids]

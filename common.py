@@ -753,6 +753,7 @@ SENT_AS_IS = ("JPEG", "PNG", "GIF", "WEBP")  # what OpenAI-compatible servers re
 FATAL = {401: "check OPENAI_API_KEY", 402: "no credit left", 403: "this key may not", 404: "check --model and --base-url"}
 FILTERED = ("content_filter", "content_policy_violation", "moderation_blocked")  # error codes of a filtered prompt
 REFUSAL = re.compile(r"\s*(?:i['’]?m sorry|sorry, |i (?:cannot|can['’]t|am unable to|won['’]t) )", re.I)
+TOKENS = ("prompt_tokens", "completion_tokens")
 
 
 class CallFailed(Exception):
@@ -767,7 +768,7 @@ class Choice(NamedTuple):
 
 class Reply(NamedTuple):
     choices: list[Choice]
-    usage: dict | None  # {"prompt_tokens", "completion_tokens"}; None where the server tells none
+    usage: dict | None  # of TOKENS; None where the server tells none
     model: str | None  # the model that answered
 
 
@@ -778,23 +779,20 @@ class Job(NamedTuple):
     prompt: str
     image: str | None
     n: int
-    stamp: dict  # model, params, prompt_hash, image_hash, key
+    stamp: dict  # model, params, prompt_hash, image_hash
+    key: str
 
 
 def add_api_arguments(model, runtime):
-    """The arguments 01 and 02 share; model, runtime: argument groups."""
+    """The arguments of every script that asks a server; model, runtime: argument groups."""
     model.add_argument("--base-url", help="OpenAI-compatible server [ours: default OPENAI_BASE_URL, else OpenAI]")
     model.add_argument("--temperature", type=float, help="sent only when given: newer models refuse it [upstream default]")
     model.add_argument("--max-tokens", type=int, help="sent as max_tokens, only when given [upstream default]")
-    model.add_argument(
-        "--param", action="append", default=[], metavar="NAME=JSON", help="any other request field, repeatable [ours: servers differ]"
-    )
+    model.add_argument("--param", action="append", default=[], metavar="NAME=JSON", help="other request field, repeatable [ours]")
     runtime.add_argument("--concurrency", type=int, default=16, help="calls in flight [ours: fits common rate limits]")
     runtime.add_argument("--timeout", type=float, default=180.0, help="seconds a call may take, wall clock [ours: 5 chains need 30]")
     runtime.add_argument("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="dollars per million tokens [ours: prices change]")
-    runtime.add_argument(
-        "--budget", type=float, help="stop before this many dollars, earlier runs on this output included [ours: no limit]"
-    )
+    runtime.add_argument("--budget", type=float, help="stop before so many dollars, earlier runs on this output included [ours: no limit]")
     runtime.add_argument("--limit", type=int, help="only the first so many examples [ours: to try things]")
     runtime.add_argument("--dry-run", action="store_true", help="print calls, tokens and dollars, and ask nothing [ours: look first]")
 
@@ -842,19 +840,34 @@ class ChatClient:
             raise Stopped("OPENAI_API_KEY is not set: export your key (for a local server any value will do)")
 
     async def __aenter__(self):
+        import httpx2  # the SDK's HTTP client
         import openai  # here: a second at start that training need not pay
 
         self.require_key()
-        self.openai, self.stopping = openai, asyncio.Event()
-        self.api = openai.AsyncOpenAI(base_url=self.base_url, max_retries=0, timeout=None)  # the time-out is ours: wall clock, not per read
+        self.openai, self.httpx, self.stopping = openai, httpx2, asyncio.Event()
+        # Key and base URL are the SDK's. Its `create` takes 3.5 ms of CPU a call, its HTTP client 1.3, one connection a client 0.8.
+        self.free, self.tls = [], httpx2.create_ssl_context()  # free: clients between two calls
+        self.api = openai.AsyncOpenAI(base_url=self.base_url, max_retries=0)
+        self.url = f"{str(self.api.base_url).rstrip('/')}/chat/completions"
+        headers = {**self.api.default_headers, **self.api.auth_headers}
+        self.headers = {name: value for name, value in headers.items() if isinstance(value, str)}
         return self
 
     async def __aexit__(self, *error):
-        await self.api.close()
+        for http in (self.api, *self.free):
+            await http.close() if http is self.api else await http.aclose()
 
     def job(self, row, prompt, image=None, n=1):
         stamp = {"model": self.model, "params": self.params, "prompt_hash": _hash(prompt), "image_hash": image and image_hash(image)}
-        return Job(row, prompt, image, n, {**stamp, "key": _hash(json.dumps([row["id"], stamp], sort_keys=True))})
+        return Job(row, prompt, image, n, stamp, _hash(json.dumps([row["id"], stamp], sort_keys=True)))
+
+    def body(self, prompt, image, n):
+        """The request as bytes. The image, already ASCII without anything to escape, is put in after the JSON is made."""
+        content = [{"type": "image_url", "image_url": {"url": "@"}}] if image else []
+        messages = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
+        extra = {**self.params, **({"n": n} if n > 1 else {})}
+        body = json.dumps({"messages": messages, "model": self.model, **extra}, ensure_ascii=False).encode()
+        return body.replace(b'"@"', b'"%b"' % data_url(image), 1) if image else body
 
     def stop(self, reason):
         """No new call, no retry; calls in flight are waited for and recorded."""
@@ -862,9 +875,7 @@ class ChatClient:
         self.stopping.set()
 
     def cost(self, usage):
-        if usage is None or self.price is None:
-            return 0.0
-        return (usage["prompt_tokens"] * self.price[0] + usage["completion_tokens"] * self.price[1]) / 1e6
+        return sum(usage[name] * price for name, price in zip(TOKENS, self.price)) / 1e6 if usage and self.price else 0.0
 
     async def afford(self, prior):
         """Wait until the budget holds another call beside those in flight. `prior`: dollars a call may take before any was paid."""
@@ -876,53 +887,65 @@ class ChatClient:
                 raise Stopped(f"budget: ${self.spent:.4f} of ${self.budget:g} spent, the next call takes about ${mean:.4f}")
             await self._sleep(0.05)
 
-    async def chat(self, prompt, image=None, n=1, **params):
+    async def chat(self, prompt, image=None, n=1):
         """→ Reply of 1 to n choices. Raises CallFailed where this call is lost, Stopped where every call would be."""
-        content = [{"type": "image_url", "image_url": {"url": data_url(image)}}] if image else []
-        messages = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
-        extra = {**self.params, **params, **({"n": n} if n > 1 else {})}
-        tried = 0
+        body, tried = self.body(prompt, image, n), 0
         while True:
             while (wait := self.open_at - time.monotonic()) > 0:
                 await self._sleep(wait + random.uniform(0, min(wait, 1) / 10))  # not all at the same instant
-            sent, status, headers, body = time.monotonic(), None, {}, b""
+            sent, status, headers, content = time.monotonic(), None, {}, b""
             try:
-                request = self.api.chat.completions.with_raw_response.create(model=self.model, messages=messages, extra_body=extra)
-                raw = await asyncio.wait_for(request, self.timeout)
-                headers, body = raw.headers, raw.content
-                reply = parse_reply(body, n)
+                raw = await asyncio.wait_for(self._post(body), self.timeout)  # wall clock, not per read
+                status, headers, content = raw.status_code, raw.headers, raw.content
+                fault = f"{status} {raw.text[:200]}"
+            except (asyncio.TimeoutError, self.httpx.TimeoutException):
+                fault = f"no answer within {self.timeout:g} s"
+            except self.httpx.HTTPError as error:
+                fault = f"connection failed ({error or type(error).__name__})"
+            reply, status, fault = self.verdict(status, content, fault, n)
+            if reply:
                 self.rounds, self.limited_since = 0, None
                 self._heed(headers)
                 return reply
-            except self.openai.APIStatusError as error:
-                status, headers, body = error.status_code, error.response.headers, error.response.content
-                fault = f"{status} {error.message}"
-            except (asyncio.TimeoutError, self.openai.APITimeoutError):
-                fault = f"no answer within {self.timeout:g} s"
-            except self.openai.APIConnectionError as error:
-                fault = f"connection failed ({error.__cause__ or error})"
-            except ValueError as error:  # status 200, but no answer in it
-                fault = f"answer that is no chat completion: {error}"
-            message, code, kind = _error_of(body)
-            if status is None and isinstance(code, int) and code >= 400:
-                status = code  # some servers put their errors into a 200
-            fault = self._clean(f"{status or ''} {message}" if message else fault)
-            if "insufficient_quota" in (code, kind):
-                raise Stopped(f"quota used up: {fault}")
-            if status in FATAL:
-                raise Stopped(f"{fault} ({FATAL[status]})")
             if status == 429:
                 self._close_gate(headers, sent, fault)
                 continue
-            if code in FILTERED:
-                return Reply([Choice("", "content_filter", code)] * n, None, None)
             tried += 1
-            if status is not None and status < 500 and status not in (408, 409):
-                raise CallFailed(fault)
             if tried >= self.tries:
                 raise CallFailed(f"{fault}, {tried} times")
             wait = min(30.0, self.backoff * 2 ** (tried - 1)) * random.uniform(0.5, 1.0)
             await self._sleep(max(wait, min(_retry_after(headers) or 0.0, self.patience)))
+
+    async def _post(self, body):
+        http = self.free.pop() if self.free else self.openai.DefaultAsyncHttpxClient(timeout=None, verify=self.tls)
+        try:
+            return await http.post(self.url, content=body, headers=self.headers)
+        finally:
+            self.free.append(http)
+
+    def verdict(self, status, content, fault, n):
+        """What an HTTP answer means → (Reply, or None where another try may help; status; fault). Raises CallFailed and Stopped."""
+        message = code = kind = None
+        try:
+            body = json.loads(content) if content else None
+            error = body.get("error") if isinstance(body, dict) else None
+            if status == 200 and not error:
+                return parse_reply(body, n), status, None
+            message, code, kind = [error.get(k) for k in ("message", "code", "type")] if isinstance(error, dict) else (error, None, None)
+        except (ValueError, RecursionError) as error:
+            fault = f"{status} that is no chat completion: {error}" if status == 200 else fault
+        if status == 200:  # some servers put their errors into a 200
+            status = code if isinstance(code, int) and code >= 400 else None
+        fault = " ".join(f"{status or ''} {message}".split() if message else fault.split()).replace(os.environ["OPENAI_API_KEY"], "…")[:300]
+        if "insufficient_quota" in (code, kind):
+            raise Stopped(f"quota used up: {fault}")
+        if status in FATAL:
+            raise Stopped(f"{fault} ({FATAL[status]})")
+        if code in FILTERED:
+            return Reply([Choice("", "content_filter", code)] * n, None, None), status, fault
+        if status is not None and status < 500 and status not in (408, 409, 429):
+            raise CallFailed(fault)
+        return None, status, fault
 
     async def _sleep(self, seconds):
         try:
@@ -950,19 +973,6 @@ class ChatClient:
                 wait = sum(float(number) * {"ms": 0.001, "m": 60, "h": 3600, "d": 86400}.get(unit, 1) for number, unit in parts)
                 self.open_at = max(self.open_at, time.monotonic() + min(wait, self.patience))
 
-    def _clean(self, message):
-        """One short line that never holds the key."""
-        return " ".join(message.replace(self.api.api_key, "…").split())[:300]
-
-
-def _error_of(body):
-    """(message, code, type) of an OpenAI error object in `body`; None for what it does not tell."""
-    try:
-        error = json.loads(body)["error"]
-        return (error["message"], error.get("code"), error.get("type")) if isinstance(error, dict) else (str(error), None, None)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None, None, None
-
 
 def _retry_after(headers):
     """Seconds the server asks to wait, or None."""
@@ -978,25 +988,23 @@ def _retry_after(headers):
 
 
 def parse_reply(body, n=1):
-    """The body of a chat completion → Reply of at most n choices. Raises ValueError where it is none."""
+    """A decoded chat completion → Reply of at most n choices. Raises ValueError where it is none."""
     try:
-        body = json.loads(body)
-        choices = [_choice(choice) for choice in body["choices"][:n]]
-        usage = body.get("usage") and {name: int(body["usage"][name]) for name in ("prompt_tokens", "completion_tokens")}
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        choices = []
+        for choice in body["choices"][:n]:
+            text, finish, refusal = choice["message"].get("content") or "", choice.get("finish_reason"), choice["message"].get("refusal")
+            if isinstance(text, list):  # content in parts
+                text = "".join(part.get("text", "") for part in text)
+            refused = refusal or len(text) < 300 and REFUSAL.match(text)
+            status = finish if finish in ("content_filter", "length") else "refusal" if refused else "ok"
+            choices.append(Choice(text or refusal or "", status, finish))
+        usage = body.get("usage") and {name: int(body["usage"][name]) for name in TOKENS}
+        model = body.get("model")
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from None
     if not choices:
         raise ValueError("no choices")
-    return Reply(choices, usage or None, body.get("model"))
-
-
-def _choice(choice):
-    text, finish = choice["message"].get("content") or "", choice.get("finish_reason")
-    if isinstance(text, list):  # content in parts
-        text = "".join(part.get("text", "") for part in text)
-    refused = choice["message"].get("refusal") or len(text) < 300 and REFUSAL.match(text)
-    status = finish if finish in ("content_filter", "length") else "refusal" if refused else "ok"
-    return Choice(text or choice["message"].get("refusal") or "", status, finish)
+    return Reply(choices, usage or None, model)
 
 
 def _hash(content):
@@ -1011,8 +1019,9 @@ def image_hash(path):
         raise InputError(f"{path}: cannot read ({error.strerror})") from None
 
 
+@functools.lru_cache(maxsize=64)
 def data_url(path):
-    """The image file as a data URL: its own bytes where servers read them and it needs no turning, else PNG."""
+    """The image file as a data URL, in bytes: its own bytes where servers read them and it needs no turning, else PNG."""
     try:
         data = Path(path).read_bytes()
         with Image.open(io.BytesIO(data)) as image:
@@ -1023,14 +1032,14 @@ def data_url(path):
             data = buffer.getvalue()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, InputError) as error:
         raise CallFailed(f"{path}: unreadable image ({error})") from None
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode()}"
+    return b"data:image/%b;base64,%b" % (kind.lower().encode(), base64.b64encode(data))
 
 
 class AppendFile:
     """Append-only JSONL under an exclusive lock. Opening cuts a last line torn by a kill; `done` counts the rows of each key."""
 
     def __init__(self, path):
-        self.path, self.done, self.tokens = Path(path), Counter(), [0.0, 0.0]
+        self.path, self.done, self.usage = Path(path), Counter(), dict.fromkeys(TOKENS, 0.0)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.handle = open(path, "a+b", buffering=0)  # noqa: SIM115, open as long as this object
@@ -1044,9 +1053,8 @@ class AppendFile:
             if "key" not in row:
                 raise InputError(f"{path}:{number}: missing 'key', so this tool did not write it: choose another --out")
             self.done[row["key"]] += 1
-            if usage := row["usage"]:
-                for i, name in enumerate(("prompt_tokens", "completion_tokens")):
-                    self.tokens[i] += usage[name] / usage["choices"]
+            for name in TOKENS if row["usage"] else ():
+                self.usage[name] += row["usage"][name] / row["usage"]["choices"]
 
     def _cut_torn_line(self):
         size, tail = self.handle.seek(0, os.SEEK_END), b""
@@ -1058,14 +1066,27 @@ class AppendFile:
             self.handle.truncate(size - len(torn))
             print(f"{self.path}: cut a torn last line of {len(torn)} bytes", file=sys.stderr)
 
-    def append(self, rows):
-        """One write a call: a kill leaves whole lines and at most one torn one."""
-        data = "".join(map(jsonl_line, rows)).encode()
+    def add(self, client, job, reply, finish):
+        """One row a choice still wanted, in one write: a kill leaves whole lines and at most one torn one."""
+        cost, first = client.cost(reply.usage or estimate([job], 300)), self.done[job.key]
+        client.spent, client.called, client.calls = client.spent + cost, client.called + cost, client.calls + 1
+        told = {"model_answered": reply.model, "usage": reply.usage and {**reply.usage, "choices": len(reply.choices)}}
+        rows = [
+            {**job.row, "candidate": k, "status": choice.status, "response": choice.text, **told, "finish_reason": choice.finish_reason}
+            for k, choice in enumerate(reply.choices[: job.n - first], first)
+        ]
+        data = "".join(jsonl_line(finish({**row, **job.stamp, "key": job.key})) for row in rows).encode()
         try:
             if self.handle.write(data) != len(data):
                 raise OSError(None, "disk full")
         except OSError as error:
             raise Stopped(f"{self.path}: cannot write ({error.strerror}): make room; the same command goes on") from None
+        self.done[job.key] += len(rows)
+
+    def fail(self, job, error):
+        """A failed job goes to *.errors.jsonl, written anew by each run."""
+        with open(self.path.with_suffix(".errors.jsonl"), "a", encoding="utf-8") as handle:
+            handle.write(jsonl_line({"id": job.row["id"], "status": "error", "error": str(error), **job.stamp, "key": job.key}))
 
     def __enter__(self):
         return self
@@ -1074,28 +1095,31 @@ class AppendFile:
         self.handle.close()  # gives the lock back
 
 
-def ask_all(client, jobs, out, finish=lambda row: row):
+def ask_all(client, jobs, out, finish=lambda row: row, batch=None):
     """Answer every job not answered yet, appending one row a choice to the AppendFile `out`. → number of jobs that failed.
 
-    A row: job.row, candidate, status, response, model_answered, usage, finish_reason and job.stamp; `finish` may change it.
-    Failed jobs go to *.errors.jsonl, written anew in each run, and are asked again by the next. The first Ctrl-C or SIGTERM
-    waits for the calls in flight. Raises Stopped: key, quota, budget, interrupt, ten failures in succession.
+    A row: job.row, candidate, status, response, model_answered, usage, finish_reason, job.stamp, key; `finish` may change it.
+    Failed jobs go to *.errors.jsonl and are asked again by the next run. The first Ctrl-C or SIGTERM waits for the calls in
+    flight. batch: None, or "submit" / "collect" for the Batch API. Raises Stopped: key, quota, budget, interrupt, ten failures.
     """
-    client.spent += client.cost(dict(zip(("prompt_tokens", "completion_tokens"), out.tokens)))
-    todo, errors = [job for job in jobs if out.done[job.stamp["key"]] < job.n], out.path.with_suffix(".errors.jsonl")
+    client.spent += client.cost(out.usage)
+    todo, errors = [job for job in jobs if out.done[job.key] < job.n], out.path.with_suffix(".errors.jsonl")
     errors.unlink(missing_ok=True)
     try:
-        tally = asyncio.run(_ask_all(client, todo, out, errors, finish)) if todo else Counter()
+        if batch:
+            raise NotImplementedError
+        else:
+            failed = asyncio.run(_ask_live(client, todo, out, finish)) if todo else 0
     except KeyboardInterrupt:
-        raise Stopped("interrupted twice: the calls in flight are lost; run the same command to go on") from None
+        raise Stopped("interrupted: calls in flight are lost, batches go on; run the same command to go on") from None
     if client.reason:
         raise Stopped(f"{client.reason}; {sum(out.done.values())} rows are in {out.path}, the same command goes on from there")
-    if tally["failed"]:
-        print(f"{tally['failed']} of {len(jobs)} calls failed, see {errors}; the same command asks them again", file=sys.stderr)
-    return tally["failed"]
+    if failed:
+        print(f"{failed} of {len(jobs)} calls failed, see {errors}; the same command asks them again", file=sys.stderr)
+    return failed
 
 
-async def _ask_all(client, todo, out, errors, finish):
+async def _ask_live(client, todo, out, finish):
     tally, queue, loop, successive = Counter(), iter(todo), asyncio.get_running_loop(), 0
     prior = client.cost(estimate(todo[:1], 300))  # what a call may cost, until some were paid
 
@@ -1105,24 +1129,14 @@ async def _ask_all(client, todo, out, errors, finish):
             loop.remove_signal_handler(number)  # the second one ends the program
 
     async def answer(job):
-        key = job.stamp["key"]
-        while (left := job.n - out.done[key]) > 0:  # a server may give fewer choices than asked for
+        while (left := job.n - out.done[job.key]) > 0:  # a server may give fewer choices than asked for
             await client.afford(prior)
             client.in_flight += 1
             try:
                 reply = await client.chat(job.prompt, job.image, left)
             finally:
                 client.in_flight -= 1
-            cost = client.cost(reply.usage or estimate([job], 300))
-            client.spent, client.called, client.calls = client.spent + cost, client.called + cost, client.calls + 1
-            usage = reply.usage and {**reply.usage, "choices": len(reply.choices)}
-            rows = [
-                {**job.row, "candidate": out.done[key] + i, "status": choice.status, "response": choice.text, "model_answered": reply.model}
-                | {"usage": usage, "finish_reason": choice.finish_reason, **job.stamp}
-                for i, choice in enumerate(reply.choices)
-            ]
-            out.append(map(finish, rows))
-            out.done[key] += len(rows)
+            out.add(client, job, reply, finish)
 
     async def work():
         nonlocal successive
@@ -1134,14 +1148,13 @@ async def _ask_all(client, todo, out, errors, finish):
                 tally["ok"], successive = tally["ok"] + 1, 0
             except CallFailed as error:
                 tally["failed"], successive = tally["failed"] + 1, successive + 1
-                with open(errors, "a", encoding="utf-8") as handle:
-                    handle.write(jsonl_line({"id": job.row["id"], "status": "error", "error": str(error), **job.stamp}))
+                out.fail(job, error)
                 if successive >= 10:
                     client.stop(f"{successive} rows failed in succession, the last: {error}")
             except Stopped as stop:
                 client.stop(str(stop))
                 return
-            dollars = client.spent + client.called / max(1, sum(tally.values())) * (len(todo) - sum(tally.values()))
+            dollars = client.spent + client.called / tally.total() * (len(todo) - tally.total())
             bar.set_postfix_str(f"ok {tally['ok']} failed {tally['failed']} ${client.spent:.2f} of ${dollars:.2f}", refresh=False)
             bar.update()
 
@@ -1151,17 +1164,16 @@ async def _ask_all(client, todo, out, errors, finish):
         await _announce(client)
         with tqdm(total=len(todo), desc=out.path.name, unit="job", mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
             await asyncio.gather(*(work() for _ in range(min(client.concurrency, len(todo)))))
-    return tally
+    return tally["failed"]
 
 
 async def _announce(client):
     """Say when the server means to shut the model down; most servers tell nothing, and then neither do we."""
     try:
         model = await asyncio.wait_for(client.api.models.retrieve(client.model), 10)
-        date = getattr(model, "shutdown_date", None)
     except (client.openai.OpenAIError, asyncio.TimeoutError, ValueError):
         return
-    if date:
+    if date := getattr(model, "shutdown_date", None):
         print(f"{client.model}: the server announces its shutdown for {date}", file=sys.stderr)
 
 
@@ -1172,11 +1184,7 @@ def estimate(jobs, completion_tokens):
 
 
 def image_tokens(path):
-    """Tokens of an image at high detail: 85, and 170 for each tile of 512² once it fits 2048² with its short side at most 768.
-
-    >>> image_tokens(None)
-    0
-    """
+    """Tokens of an image at high detail: 85, and 170 for each tile of 512² once it fits 2048² with its short side at most 768."""
     if not path:
         return 0
     with Image.open(path) as image:

@@ -3,19 +3,33 @@
 The folder has the layout of the published checkpoint (config, weights, tokenizer, preprocessor, chat template, generation config), so
 what loads `Qwen/Qwen2.5-VL-7B-Instruct` or `llava-hf/llava-1.5-7b-hf` loads this too. 56 × 56 pixels become 4 (Qwen) or 16 (LLaVA) tokens.
 
-    python demo/make_base.py --arch qwen2_5_vl --out runs/tiny        # weights drawn from --seed, a few seconds
+With --train it learns, from scratch, what a published model brings along: to see and to copy. It is shown conversations about a picture
+and a text of the world: describe the picture, what is on the left, repeat the text, list its names, say these words after me. It never
+meets our prompts, tags, quintuples, a name with a type or a relation, nor which name belongs to which figure: that is left to 03 and 04.
+(Single tokens of all these it meets, drawn at random to be said again, so that none is a stranger.) Every tenth scene is kept back for
+the check at the end.
 
-Reads: nothing but common.py's prompts and the world's texts.  Writes: OUT/.
+    python demo/make_base.py --arch qwen2_5_vl --out runs/tiny        # weights drawn from --seed, a few seconds
+    OMP_NUM_THREADS=1 python demo/make_base.py --arch qwen2_5_vl --out demo/base-qwen2_5_vl --train 1500     # TIME
+
+Reads: nothing but common.py's prompts and the world's texts.  Writes: OUT/, with bf16 weights after --train, else fp32.
 """
 
 import argparse
 import json
+import math
+import random
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tqdm import tqdm
 from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
     GenerationConfig,
     LlamaTokenizer,
     LlavaConfig,
@@ -60,14 +74,29 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--arch", choices=ARCHS, default="qwen2_5_vl", help="whose classes [ours: the paper's two base models]")
     parser.add_argument("--out", required=True, help="folder to write [ours]")
-    parser.add_argument("--seed", type=int, default=0, help="of the random weights [ours]")
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights and of the training [ours]")
+    parser.add_argument("--train", type=int, metavar="STEPS", help="learn to see and to copy for so many steps [ours: none]")
+    parser.add_argument("--tokens", type=int, default=4000, help="of a step, padding included [ours]")
+    parser.add_argument("--lr", type=float, default=1.5e-3, help="peak, cosine to a tenth [ours]")
     return parser.parse_args(argv)
 
 
 def corpus():
     """Texts the tokenizer is trained on: every prompt and what the world can say, so that a prompt stays near 200 tokens."""
     prompts = (common.REASON_PROMPT, common.DIRECT_PROMPT)
-    return [prompt.format(text="") for prompt in prompts] * 40 + world.corpus()
+    return [prompt.format(text="") for prompt in prompts] * 40 + world.corpus() + generic()
+
+
+def generic(size=1500):
+    """Turns of the conversations below, as text."""
+    rng = random.Random("generic")
+    return [
+        part
+        for _ in range(size)
+        for turn in turns(rng, rng.choice(world.scenes()), tweet(rng), 1)
+        for part in turn
+        if isinstance(part, str)
+    ]
 
 
 def train_bpe(texts, arch, vocab_size):
@@ -115,6 +144,7 @@ def qwen(texts, size, vocab_size):
             "patch_size": PATCH,
             "fullatt_block_indexes": [size["vision_layers"] - 1],
         },
+        tie_word_embeddings=True,
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],
@@ -168,6 +198,7 @@ def llava(texts, size, vocab_size):
             "patch_size": PATCH,
             "projection_dim": size["vision_hidden"],
         },
+        tie_word_embeddings=True,
         image_token_index=image_id,
         image_seq_length=(SIDE // PATCH) ** 2,
     )
@@ -200,6 +231,7 @@ def text_sizes(size, vocab_size):
         "num_attention_heads": size["heads"],
         "num_key_value_heads": size["kv_heads"],
         "max_position_embeddings": POSITIONS,
+        "tie_word_embeddings": True,  # as in Qwen2.5-VL-3B: what is copied need not be learnt twice
     }
 
 
@@ -218,11 +250,265 @@ def build(arch, out, corpus_texts, seed=0, size=SIZE, vocab_size=1200):
     return model
 
 
+# ------------------------------------------------------------------------------------------------ what the base learns
+
+PLAIN = (
+    "{} and {} met today",
+    "I saw {} , then {}",
+    "{} {}",
+    "No news of {} or {} yet",
+    "{} , {} and {} again",
+    "First {} , later {} and {} !",
+)
+# fmt: off
+WORDS = (
+    "red", "blue", "green", "day", "night", "left", "right", "above", "picture", "poster", "person", "child", "city", "hut", "stage",
+    "trophy", "crest", "heart", "cap", "ball", "cradle",
+)
+# fmt: on
+
+
+def tweet(rng):
+    """A text with names drawn at random: in the world's words, or plain."""
+    template = rng.choice((*world.TEMPLATES[2], *world.TEMPLATES[3], *PLAIN))
+    return template.format(*rng.sample(sorted(world.LEXICON), template.count("{}")))
+
+
+def captions(scene):
+    time_of_day = "night" if scene.night else "day"
+    sign = f" Above is a {scene.sign}." if scene.sign else ""
+    poster = f" A poster has a {scene.poster}." if scene.poster else ""
+    return (
+        (
+            "Describe the picture.",
+            f"A picture by {time_of_day}. On the left is a {scene.left}, on the right a {scene.right}.{sign}{poster}",
+        ),
+        ("What can you see?", f"I see a {scene.left} and a {scene.right}.{poster}{sign} It is {time_of_day}."),
+    )
+
+
+def questions(scene):
+    return (
+        ("What is on the left?", f"A {scene.left}."),
+        ("What is on the right?", f"A {scene.right}."),
+        ("What is above?", f"A {scene.sign}." if scene.sign else "Nothing."),
+        ("Is there a poster?", f"A poster of a {scene.poster}." if scene.poster else "No."),
+        ("Day or night?", "Night." if scene.night else "Day."),
+    )
+
+
+def list_names(text):
+    return "List the names.", ", ".join(world.names_in(text)) + "."
+
+
+def ordinal(rng, text):
+    names = world.names_in(text)
+    i = rng.randrange(len(names))
+    return f"Which name is number {i + 1}?", f"{names[i]}."
+
+
+def after(rng, text):
+    words = text.split()
+    i = rng.choice([i for i, word in enumerate(words[:-1]) if words.count(word) == 1])
+    return f"Which word stands after {words[i]} ?", words[i + 1]
+
+
+def say_after_me(rng):
+    words = [rng.choice((rng.choice(WORDS), rng.choice(sorted(world.LEXICON)))) for _ in range(rng.randint(3, 9))]
+    return f"Say: {' '.join(words)}", " ".join(words)
+
+
+def turns(rng, scene, text, count):
+    """[(question, answer)]; (SCRAMBLE, "") stands for tokens drawn at random, to be said again."""
+    made = []
+    for _ in range(count):
+        kind = rng.random()
+        if kind < 0.25:
+            made.append(rng.choice(captions(scene)))
+        elif kind < 0.45:
+            made.append(rng.choice(questions(scene)))
+        elif kind < 0.60:
+            made.append(list_names(text))
+        elif kind < 0.70:
+            made.append(("Repeat the text.", text))
+        elif kind < 0.76:
+            made.append(ordinal(rng, text))
+        elif kind < 0.80:
+            made.append(after(rng, text))
+        elif kind < 0.92:
+            made.append(say_after_me(rng))
+        else:
+            made.append((SCRAMBLE, ""))
+    return made
+
+
+SCRAMBLE = "Say again: "
+
+
+class Chat:
+    """Conversations as token ids, in the model's own chat template; which of them carry loss."""
+
+    def __init__(self, arch, tokenizer):
+        self.tokenizer, self.stop = tokenizer, tokenizer.eos_token_id
+        mark = "\x00"
+        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": mark}]}
+        opening = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+        if arch == "qwen2_5_vl":
+            opening, self.between = (
+                opening.replace("<|image_pad|>", "<|image_pad|>" * 4),
+                "\n<|im_start|>user\n" + mark + "<|im_end|>\n<|im_start|>assistant\n",
+            )
+        else:
+            opening, self.between = opening.replace("<image>", "<image>" * (SIDE // PATCH) ** 2), " USER: " + mark + " ASSISTANT:"
+        self.opening, self.mark, self.lead = opening, mark, "" if arch == "qwen2_5_vl" else " "
+        # every token a prompt or answer of the world uses, so that each has met the model; drawn singly, in no order
+        self.known = sorted({i for text in set(corpus()) for i in self.ids(text)})
+
+    def ids(self, text):
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def build(self, rng, text, made):
+        """→ (ids, weights): 1 on the answers' tokens and the stop that ends each."""
+        ids, weights = [], []
+        for i, (question, answer) in enumerate(made):
+            frame = self.opening if i == 0 else self.between
+            asked = f"Text: {text}\n{question}" if i == 0 else question
+            before, behind = frame.replace(self.mark, asked + self.mark).split(self.mark)
+            said = self.ids(self.lead + answer)
+            drawn = []
+            if question == SCRAMBLE:
+                said = drawn = rng.choices(self.known, k=rng.randint(3, 8))
+            asked = self.ids(before) + drawn + self.ids(behind)
+            if i == 0 and self.tokenizer.bos_token_id is not None and self.lead:
+                asked = [self.tokenizer.bos_token_id, *asked]
+            ids += asked + said + [self.stop]
+            weights += [0] * len(asked) + [1] * (len(said) + 1)
+        return ids, weights
+
+
+class Pictures:
+    """Every scene drawn twice, its figures a little aside, as the model's own preprocessor gives it."""
+
+    def __init__(self, arch, folder, scenes, seed):
+        processor, rng, values = AutoImageProcessor.from_pretrained(folder), random.Random(f"pictures:{seed}"), []
+        for scene in tqdm(scenes, desc="draw", unit="scene", disable=None):
+            drawn = [world.draw(scene, (rng.randint(-1, 1), rng.randint(-1, 1))) for _ in range(2)]
+            pixels = processor(images=drawn, return_tensors="pt")["pixel_values"]
+            values.append(pixels.view(2, -1, *pixels.shape[1:]).half() if arch == "qwen2_5_vl" else pixels.half())
+        self.arch, self.values = arch, dict(zip(scenes, values))
+
+    def batch(self, rng, scenes):
+        pixels = torch.stack([self.values[scene][rng.randrange(2)] for scene in scenes]).float()
+        if self.arch == "llava":
+            return {"pixel_values": pixels}
+        side = SIDE // PATCH
+        return {"pixel_values": pixels.flatten(0, 1), "image_grid_thw": torch.tensor([[1, side, side]] * len(scenes))}
+
+
+def forward(model, pictures, rng, rows):
+    """rows [(scene, ids, weights)] → logits [T, V] that predict the answers' tokens, targets [T], row of each [T]."""
+    longest = max(len(ids) for _, ids, _ in rows)
+    ids = torch.tensor([ids + [0] * (longest - len(ids)) for _, ids, _ in rows])  # [B, L]
+    mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for _, ids, _ in rows])
+    answer = torch.tensor([weights + [0] * (longest - len(weights)) for _, _, weights in rows]).bool()
+    inputs = pictures.batch(rng, [scene for scene, _, _ in rows])
+    if pictures.arch == "qwen2_5_vl":
+        inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
+    hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False, **inputs).last_hidden_state  # [B, L, D]
+    logits = model.lm_head(hidden[:, :-1][answer[:, 1:]])  # [T, V]
+    return logits, ids[answer], answer.nonzero()[:, 0]
+
+
+def learn(model, chat, pictures, scenes, args):
+    """Train all weights of `model`. Conversations get longer: seeing and near copies first, then from afar."""
+    rng = random.Random(f"learn:{args.seed}")
+    decay = [p for p in model.parameters() if p.dim() > 1]
+    plain = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
+    model.train()
+    began, recent = time.perf_counter(), Counter()
+    bar = tqdm(total=args.train, desc="learn", unit="step", disable=None)
+    for step in range(args.train):
+        done = step / args.train
+        lr = args.lr * min(1, (step + 1) / 60) * (0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        count, rows, size = rng.randint(1, 3) if done < 0.3 else rng.randint(2, 7), [], 0
+        while not rows or size + max(len(ids) for _, ids, _ in rows) <= args.tokens:
+            scene, text = rng.choice(scenes), tweet(rng)
+            rows.append((scene, *chat.build(rng, text, turns(rng, scene, text, count))))
+            size = len(rows) * max(len(ids) for _, ids, _ in rows)
+        logits, targets, _ = forward(model, pictures, rng, rows)
+        loss = torch.nn.functional.cross_entropy(logits, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.update()
+        recent["loss"] += loss.item()
+        if (step + 1) % 50 == 0:
+            bar.set_postfix(loss=f"{recent['loss'] / 50:.3f}", refresh=False)
+            if (step + 1) % 250 == 0 or step < 250:
+                tqdm.write(
+                    f"step {step + 1}: loss {recent['loss'] / 50:.3f}, {percent(check(model, chat, pictures, scenes[::31]))}",
+                    file=sys.stdout,
+                )
+                sys.stdout.flush()
+            recent.clear()
+        if (step + 1) % 250 == 0:
+            save(model, args.out)
+    bar.close()
+    return time.perf_counter() - began
+
+
+@torch.no_grad()
+def check(model, chat, pictures, scenes, seed=1):
+    """{kind of answer: share of greedy answers that are exact}: those whose every token is the likeliest."""
+    model.eval()
+    rng, exact = random.Random(f"check:{seed}"), {}
+    for place in range(0, len(scenes), 32):
+        part = scenes[place : place + 32]
+        for kind in ("captions", "names", "scrambled tokens"):
+            rows = []
+            for scene in part:
+                text = tweet(rng)
+                last = {"captions": captions(scene)[0], "names": list_names(text), "scrambled tokens": (SCRAMBLE, "")}[kind]
+                made = turns(rng, scene, text, 2)
+                ids, weights = chat.build(rng, text, [*made, last])
+                begin = len(weights) - 1 - weights[::-1].index(0) + 1  # the last answer only
+                rows.append((scene, ids, [0] * begin + weights[begin:]))
+            logits, targets, row = forward(model, pictures, rng, rows)
+            right = torch.ones(len(rows)).scatter_reduce(0, row, (logits.argmax(-1) == targets).float(), "amin")
+            exact.setdefault(kind, []).extend(right.tolist())
+    model.train()
+    return {kind: sum(right) / len(right) for kind, right in exact.items()}
+
+
+def percent(exact):
+    return ", ".join(f"{kind} exact {100 * share:.1f} %" for kind, share in exact.items())
+
+
+def save(model, out):
+    """bf16: half the size, and what is published is bf16 too."""
+    state = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
+    dtype, model.config.dtype = model.config.dtype, torch.bfloat16
+    model.save_pretrained(out, state_dict=state)
+    model.config.dtype = dtype
+
+
 @common.cli
 def main(args):
     model = build(args.arch, args.out, corpus(), args.seed)
     count, vocabulary = sum(parameter.numel() for parameter in model.parameters()), model.config.get_text_config().vocab_size
     print(f"{args.out}: {args.arch}, {count:,} parameters, {vocabulary} tokens, weights at random (seed {args.seed})")
+    if args.train:
+        chat, scenes = Chat(args.arch, AutoTokenizer.from_pretrained(args.out)), world.scenes()
+        pictures = Pictures(args.arch, args.out, scenes, args.seed)
+        seconds = learn(model, chat, pictures, [scene for i, scene in enumerate(scenes) if i % 10], args)
+        save(model, args.out)
+        held_out = check(model, chat, pictures, scenes[::10], seed=2)
+        print(f"{args.out}: {args.train} steps in {seconds / 60:.1f} minutes; scenes never seen: {percent(held_out)}")
 
 
 if __name__ == "__main__":

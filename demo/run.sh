@@ -9,13 +9,15 @@
 # DEMO_VENV virtual environment to use; by default .venv is created and requirements.txt installed into it
 # RANKS     processes of 03, 04 and 05 (default 1)
 # TRAIN, VAL, TEST   examples of each split;  SEED
+# EPOCHS_SFT, EPOCHS_RL, SFT_LR, RL_LR, TEMPERATURE, TOKENS   what a model of two million parameters needs; the paper's values are the defaults of 03 and 04
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 ARCH=${ARCH:-qwen2_5_vl}
 WORK=${WORK:-runs/demo-$ARCH}
 RANKS=${RANKS:-1}
-TRAIN=${TRAIN:-40} VAL=${VAL:-8} TEST=${TEST:-16} SEED=${SEED:-0}
+TRAIN=${TRAIN:-120} VAL=${VAL:-24} TEST=${TEST:-80} SEED=${SEED:-0}
+EPOCHS_SFT=${EPOCHS_SFT:-12} EPOCHS_RL=${EPOCHS_RL:-4} SFT_LR=${SFT_LR:-4e-3} RL_LR=${RL_LR:-2e-4} TEMPERATURE=${TEMPERATURE:-0.6} TOKENS=${TOKENS:-160}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export OPENAI_API_KEY=demo # any key will do: the teacher is ours
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -44,7 +46,14 @@ mkdir -p "$WORK"
 run python demo/world.py --out "$WORK/world" --train "$TRAIN" --val "$VAL" --test "$TEST" --seed "$SEED"
 
 step "2. the model: a tiny $ARCH"
-[ -f "$WORK/model/generation_config.json" ] || run python demo/make_base.py --arch "$ARCH" --out "$WORK/model" --seed "$SEED"
+MODEL=demo/base-$ARCH
+if [ -f "$MODEL/model.safetensors" ]; then
+  echo "$MODEL: learnt to see and to copy, nothing else (demo/make_base.py --train)"
+else
+  MODEL=$WORK/model
+  echo "no trained $ARCH ships here: weights at random. Everything runs, and scores near zero are right; or train one: demo/make_base.py"
+  [ -f "$MODEL/generation_config.json" ] || run python demo/make_base.py --arch "$ARCH" --out "$MODEL" --seed "$SEED"
+fi
 
 step "3. the teacher"
 rm -f "$WORK/teacher.url"
@@ -57,6 +66,17 @@ until [ -s "$WORK/teacher.url" ]; do
 done
 URL=$(cat "$WORK/teacher.url")
 
+train() { # script OUT arguments…
+  local script=$1 out=$2
+  shift 2
+  run deepspeed --num_gpus "$RANKS" "$script" --model "$MODEL" --val "$WORK/world/val.jsonl" --out "$WORK/$out" --max-new-tokens "$TOKENS" "$@"
+}
+evaluate() { # OUT DATA arguments…
+  local out=$1 data=$2
+  shift 2
+  run python 05_eval.py --model "$MODEL" --data "$WORK/world/$data.jsonl" --out "$WORK/$out" --max-new-tokens "$TOKENS" --batch-size 40 "$@" >"$WORK/$out.txt"
+}
+
 # From here on: the commands of the README, with small numbers.
 step "4. distil (01)"
 run python 01_distill.py --data "$WORK/world/train.jsonl" --out "$WORK/cot.jsonl" --base-url "$URL" --n 5
@@ -64,17 +84,25 @@ run python 01_distill.py --data "$WORK/world/train.jsonl" --out "$WORK/cot.jsonl
 step "5. filter (02)"
 run python 02_filter.py --cot "$WORK/cot.jsonl" --out "$WORK/sft.jsonl" --base-url "$URL"
 
-step "6. supervised warm-up (03)"
-run deepspeed --num_gpus "$RANKS" 03_sft.py --model "$WORK/model" --data "$WORK/sft.jsonl" --val "$WORK/world/val.jsonl" \
-  --out "$WORK/sft" --target cot --epochs 2
+step "6. supervised warm-up (03), and the baseline that learns the answer alone"
+sft=(--lora-rank 32 --lora-alpha 32 --batch-size 8 --lr "$SFT_LR" --epochs "$EPOCHS_SFT" --eval-every 4)
+train 03_sft.py sft --data "$WORK/sft.jsonl" --target cot "${sft[@]}"
+train 03_sft.py sft-answer --data "$WORK/world/train.jsonl" --target answer "${sft[@]}"
 
-step "7. reinforcement learning (04)"
-run deepspeed --num_gpus "$RANKS" 04_grpo.py --model "$WORK/model" --adapter "$WORK/sft/best" --data "$WORK/world/train.jsonl" \
-  --val "$WORK/world/val.jsonl" --out "$WORK/grpo" --group-size 8 --epochs 1 --max-new-tokens 96
+step "7. reinforcement learning (04), from the warm-up and from nothing"
+rl=(--data "$WORK/world/train.jsonl" --group-size 8 --batch-size 8 --lr "$RL_LR" --temperature "$TEMPERATURE")
+train 04_grpo.py grpo --adapter "$WORK/sft/best" --epochs "$EPOCHS_RL" "${rl[@]}"
+train 04_grpo.py only-rl --lora-rank 32 --lora-alpha 32 --epochs 0.4 "${rl[@]}"
 
 step "8. evaluate (05)"
-run deepspeed --num_gpus "$RANKS" 05_eval.py --model "$WORK/model" --adapter "$WORK/grpo/best" --data "$WORK/world/test.jsonl" \
-  --out "$WORK/test" --max-new-tokens 96
+evaluate test-zero test --prompt direct
+evaluate test-answer test --adapter "$WORK/sft-answer/best"
+evaluate test-sft test --adapter "$WORK/sft/best"
+evaluate test-only-rl test --adapter "$WORK/only-rl/best"
+evaluate test-grpo test --adapter "$WORK/grpo/best"
+evaluate test-grey grey --adapter "$WORK/grpo/best"
 
-echo
-echo "Everything is in $WORK. The weights started at random and saw a few examples: scores near zero are right here."
+step "9. the table"
+run python demo/table.py "zero-shot=$WORK/test-zero" "SFT=$WORK/test-answer" "CoT-SFT=$WORK/test-sft" "Only-RL=$WORK/test-only-rl" \
+  "JMERE-R1=$WORK/test-grpo" "JMERE-R1, grey images=$WORK/test-grey" | tee "$WORK/table.md"
+echo "Everything is in $WORK."

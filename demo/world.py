@@ -14,7 +14,7 @@ Each text comes with several pictures and different gold, so a model that does n
     python demo/world.py --out runs/world --train 200 --val 40 --test 80
 
 Reads: nothing.
-Writes: OUT/{train,val,test}.jsonl and OUT/img/*.png
+Writes: OUT/{train,val,test}.jsonl and OUT/img/*.png; OUT/grey.jsonl, the last split again with one grey picture for all: the control
     {"id": "train-00000", "text": "RT @fan : Paris and Emma tonight", "image": "img/train-00000.png",
      "quintuples": [["Emma", "per", "Paris", "loc", "place of birth"]]}
 """
@@ -386,7 +386,7 @@ def make(sizes, seed=0):
 
 
 def write(out, sizes, seed=0):
-    """Write the splits as our JSONL with their pictures."""
+    """Write the splits as our JSONL with their pictures, and grey.jsonl."""
     out = Path(out)
     (out / "img").mkdir(parents=True, exist_ok=True)
     for split, pairs in make(sizes, seed).items():
@@ -398,6 +398,8 @@ def write(out, sizes, seed=0):
             gold = [list(q) for q, _ in read(names_in(text), scene)]
             lines.append(common.jsonl_line({"id": name, "text": text, "image": f"img/{name}.png", "quintuples": gold}))
         common.write_atomic(out / f"{split}.jsonl", "".join(lines))
+    Image.new("RGB", (SIDE * UNIT, SIDE * UNIT), "grey").save(out / "img" / "grey.png")
+    common.write_atomic(out / "grey.jsonl", "".join(re.sub(r"img/[\w-]+\.png", "img/grey.png", line) for line in lines))
 
 
 def corpus(seed=1, size=1200):

@@ -1,6 +1,7 @@
 """The demo: picture world, tiny models, teacher."""
 
 import base64
+import hashlib
 import io
 import json
 import os
@@ -98,6 +99,13 @@ def test_written_world_loads_and_the_image_decides(tmp_path):
     assert len(relations) >= 8
     assert types == set(common.TYPES)
     assert counts == {1, 2, 3}
+
+
+def test_grey_control_keeps_texts_and_gold_and_hides_the_picture(tmp_path):
+    world.write(tmp_path, {"train": 4, "test": 8})
+    test, grey = ([json.loads(line) for line in (tmp_path / name).read_text().splitlines()] for name in ("test.jsonl", "grey.jsonl"))
+    assert [{**row, "image": "img/grey.png"} for row in test] == grey
+    assert len(Image.open(tmp_path / "img" / "grey.png").getcolors()) == 1
 
 
 def test_same_seed_same_world(tmp_path):
@@ -322,6 +330,83 @@ def test_base_loads_forwards_and_generates(arch, tmp_path):
         assert len(tokenizer(f"x {name}", add_special_tokens=False).input_ids) == lead + len(name.split())
     end_ids = model.generation_config.eos_token_id
     assert tokenizer.eos_token_id in (end_ids if isinstance(end_ids, list) else [end_ids])
+
+
+SHIPPED = {}  # arch: sha256 of the weights that the command in demo/make_base.py's docstring makes
+
+
+@pytest.mark.parametrize("arch", SHIPPED)
+def test_shipped_base_is_the_one_made_here_and_sees_and_copies(arch):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+    from demo import make_base
+
+    folder = ROOT / "demo" / f"base-{arch}"
+    weights = (folder / "model.safetensors").read_bytes()
+    assert hashlib.sha256(weights).hexdigest() == SHIPPED[arch]
+    assert len(weights) <= 8 * 2**20
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    scenes = world.scenes()[::10][::3]  # every tenth was kept from it
+    pictures = make_base.Pictures(arch, folder, scenes, seed=1)
+    chat = make_base.Chat(arch, AutoTokenizer.from_pretrained(folder))
+    exact = make_base.check(model, chat, pictures, scenes, seed=3)
+    assert exact["captions"] > 0.9
+    assert exact["names"] > 0.9
+    grey = pictures.values
+    pictures.values = {scene: torch.zeros_like(pixels) for scene, pixels in grey.items()}
+    assert make_base.check(model, chat, pictures, scenes, seed=3)["captions"] < 0.1
+
+
+def test_base_never_meets_the_answer_format():
+    """What the base learns from: no prompt of ours, no tag, no bracket, and no name with a type or a relation."""
+    from demo import make_base
+
+    texts = "\n".join(make_base.generic(3000))
+    assert len(texts) > 50000
+    for forbidden in ("<", "[", "think", "answer", *common.COT_PARTS, *(f"({label})" for label in common.TYPES), " is the "):
+        assert forbidden not in texts, forbidden
+    assert not any(f" {relation} " in texts for relation in common.RELATIONS)
+
+
+def test_training_is_seeded_and_lowers_the_loss(tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForImageTextToText
+
+    from demo import make_base
+
+    made = [
+        make_base.main(make_base.parse_args(["--out", str(tmp_path / name), "--train", "3", "--tokens", "300", "--seed", seed]))
+        for name, seed in (("a", "0"), ("b", "0"), ("c", "1"))
+    ]
+    assert made == [None] * 3
+    a, b, c = (AutoModelForImageTextToText.from_pretrained(tmp_path / name).state_dict() for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not all(torch.equal(a[name], c[name]) for name in a)
+    assert {value.dtype for value in a.values()} == {torch.bfloat16}
+    start = make_base.build("qwen2_5_vl", tmp_path / "start", make_base.corpus(), 0).state_dict()
+    assert all((start[name].float() - a[name].float()).abs().max() > 0 for name in a if name.endswith("_proj.weight"))
+
+
+def test_table_reads_what_05_wrote(tmp_path):
+    scores = {"precision": 0.5, "recall": 0.25, "f1": 1 / 3, "f1_95": [0.2, 0.4]}
+    metrics = {"scores": {"jmere": scores, "mner": {"f1": 0.75}}, "responses": {"responses": 8, "well_formed": 6}}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    table = [sys.executable, str(ROOT / "demo" / "table.py")]
+    done = subprocess.run([*table, f"JMERE-R1={tmp_path}"], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[2].split("|")[1:-1] == [
+        " JMERE-R1     ",
+        " 50.0    ",
+        " 25.0 ",
+        " 33.3 ",
+        " 20.0–40.0  ",
+        " 75.0    ",
+        " 75          ",
+    ]
+    missing = subprocess.run([*table, "x=nowhere"], capture_output=True, text=True)
+    assert missing.returncode == 2
+    assert "nowhere/metrics.json: no scores to read" in missing.stderr
 
 
 def test_command_line_writes_what_it_says(tmp_path):

@@ -79,7 +79,7 @@ def sft_loss(logps, completion_mask, batch_tokens):
 # ------------------------------------------------------------------------------------------------ main
 
 
-def load_data(args, ranks):
+def load_data(args):
     need = ("quintuples", "cot") if args.target == "cot" else ("quintuples",)
     train = common.load_examples(args.data, args.image_dir, need=need, skip_bad=args.skip_bad)[: args.limit]
     val = (
@@ -99,18 +99,22 @@ def main(args):
     # 1. Data, model, engine
     ranks = vlm.setup(distributed=True)
     torch.manual_seed(args.seed)  # KEEP: LoRA's A is drawn here, the same on every rank
-    config, dtype = vlm.read_ds_config(args, ranks)
-    train, val = load_data(args, ranks)
+    rank_rows = args.batch_size * args.grad_accum
+    rows = rank_rows * ranks.world
+    with ranks.together():
+        vlm.check_arguments(args)
+        config, dtype = vlm.read_ds_config(args, ranks)
+        train, val = load_data(args)
+        vlm.check_arguments(args, rows, len(train))
     run = vlm.Run(args, ranks)
-    model, processor = vlm.load(args.model, dtype, ranks.device)
-    model = vlm.add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout)
+    with ranks.together():
+        model, processor = vlm.load(args.model, dtype, ranks.device)
+        model = vlm.add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout)
     stop = vlm.stop_ids(model, processor)[0]
     engine = vlm.make_engine(model, args, config, args.grad_accum)
 
     # 2. Sizes
     prompt = "reason" if args.target == "cot" else "direct"
-    rank_rows = args.batch_size * args.grad_accum
-    rows = rank_rows * ranks.world
     total = -(-int(len(train) * args.epochs) // rows)
     eval_steps = max(1, round(len(train) * args.eval_every / rows))
     if ranks.main:
@@ -119,48 +123,49 @@ def main(args):
         print(f"{sizes}: {total} updates; {trainable:,} trainable parameters in {dtype}", flush=True)
 
     # 3. Train
-    first = run.resume(engine)
-    bar = tqdm(total=total, initial=first, desc="sft", unit="step", disable=None if ranks.main else True)
-    for step in range(first, total):
-        began, before = time.perf_counter(), vlm.fingerprint(model) if step == 0 else None
+    steps = run.resume(engine, total)
+    bar = tqdm(total=total, initial=total - len(steps), desc="sft", unit="step", disable=None if ranks.main else True)
+    for step in steps:
+        began, before = time.perf_counter(), None if run.changed else vlm.fingerprint(model)
+        lr = vlm.lr_at(step, total, args)
         for group in engine.optimizer.param_groups:
-            group["lr"] = vlm.lr_at(step, total, args)
+            group["lr"] = lr
+        vlm.seed_step(args.seed, step, ranks.rank)
         batch = vlm.batch_indices(len(train), rows, step, args.seed)[ranks.rank * rank_rows : (ranks.rank + 1) * rank_rows]
-        targets = [target_ids(processor.tokenizer, target_text(train[i], args.target), stop) for i in batch]
+        with ranks.together():
+            texts = [target_text(train[i], args.target) for i in batch]
+            targets = [target_ids(processor.tokenizer, text, stop) for text in texts]
+            prompts = vlm.encode(model, processor, [(vlm.PROMPTS[prompt].format(text=train[i].text), train[i].image) for i in batch])
         tokens = ranks.sum(sum(map(len, targets)))[0]  # of the whole batch: 2 ranks × B = 1 rank × 2B
         model.train()
         nll = 0.0
         for start in range(0, rank_rows, args.batch_size):
             micro = slice(start, start + args.batch_size)
-            items = [(vlm.PROMPTS[prompt].format(text=train[i].text), train[i].image) for i in batch[micro]]
-            prompts = vlm.encode(model, processor, items)
-            logps, _, mask = vlm.completion_logps(model, prompts, [[ids] for ids in targets[micro]])  # [B, C]
+            logps, _, mask = vlm.completion_logps(model, prompts[micro], [[ids] for ids in targets[micro]])  # [B, C]
             loss = sft_loss(logps, mask, tokens)
             nll += loss.item()
             engine.backward(loss * args.grad_accum * ranks.world)  # DeepSpeed takes the mean over micro-steps and ranks; Eq. 1 sums them
             engine.step()
-        loss = ranks.sum(nll)[0]
-        vlm.check_step(model, step, loss, engine.get_global_grad_norm(), before, [train[i].id for i in batch])
+        loss, grad_norm = ranks.sum(nll)[0], float(engine.get_global_grad_norm())
+        rows_here = [{"id": train[i].id, "response": text} for i, text in zip(batch, texts)]
+        run.check_step(model, step, {"loss": loss, "gradient norm": grad_norm}, before, rows_here)
+        if grad_norm == 0:
+            run.fail(f"step {step + 1}: gradient norm 0 at loss {loss:.3g}: nothing is being trained")
         seconds = time.perf_counter() - began
-        row = {"step": step + 1, "epoch": round((step + 1) * rows / len(train), 4), "loss": loss, "lr": vlm.lr_at(step, total, args)}
-        row |= {"grad_norm": float(engine.get_global_grad_norm()), "tokens": int(tokens), "tokens_per_second": round(tokens / seconds, 1)}
-        row |= {"peak_memory_mib": round(vlm.peak_memory())}
+        row = {"step": step + 1, "epoch": round((step + 1) * rows / len(train), 4), "loss": loss, "lr": lr, "grad_norm": grad_norm}
+        row |= {"tokens": int(tokens), "tokens_per_second": round(tokens / seconds, 1), "peak_memory_mib": round(vlm.peak_memory())}
 
         # 4. Validate, save
-        last = step + 1 == total
-        if (step + 1) % eval_steps == 0 or last:
+        validated = (step + 1) % eval_steps == 0 or step + 1 == total
+        if validated:
             row |= vlm.validate_and_keep(run, model, processor, val, prompt, step + 1, ranks, args)
         run.log([row])
-        bar.set_postfix(loss=f"{loss:.3f}", f1=f"{run.state['best']:.3f}" if val and run.state["best"] >= 0 else "–", refresh=False)
+        bar.set_postfix_str(f"loss {loss:.3f}{run.best_text()} {row['tokens_per_second']:.0f} tok/s", refresh=False)
         bar.update()
-        halt = run.should_stop() or step + 1 == args.stop_after
-        if last or halt or (step + 1) % args.save_every == 0:
-            run.save(engine, step + 1)
-        if halt and not last:
-            vlm.say_stopped(run, step + 1, total)
-            return
+        if run.finish_step(engine, step + 1, total, validated):
+            break
     bar.close()
-    vlm.say_done(run, val)
+    run.say_done(total)
 
 
 if __name__ == "__main__":

@@ -99,15 +99,24 @@ def summarise(rewards, samples):
     flat = [reward for group in rewards for reward in group]
     drawn = [sample for group in samples for sample in group]
     constant = sum(max(r.total for r in group) - min(r.total for r in group) < 1e-6 for group in rewards)
-    sums = [sum(values) for values in zip(*flat)] + [sum(r.total**2 for r in flat)]
-    return [*sums, constant, len(rewards), len(flat), sum(len(s.ids) for s in drawn), sum(not s.finished for s in drawn)]
+    parts = list(zip(*flat))  # total, accuracy, partial, format
+    return [
+        *map(sum, parts),
+        *(sum(x * x for x in values) for values in parts),
+        constant,
+        len(rewards),
+        len(flat),
+        sum(len(s.ids) for s in drawn),
+        sum(not s.finished for s in drawn),
+    ]
 
 
 def metrics_row(sums):
     """summarise() summed over ranks → what is logged."""
-    total, accuracy, partial, form, squares, constant, groups, n, tokens, cut = sums
-    std = max(0.0, squares / n - (total / n) ** 2) ** 0.5
-    row = {"reward": total / n, "reward_std": std, "accuracy": accuracy / n, "partial": partial / n, "format": form / n}
+    parts, squares, (constant, groups, n, tokens, cut) = sums[:4], sums[4:8], sums[8:]
+    row = {}
+    for name, total, square in zip(("reward", "accuracy", "partial", "format"), parts, squares):
+        row |= {name: total / n, f"{name}_std": max(0.0, square / n - (total / n) ** 2) ** 0.5}
     return row | {"constant_groups": constant / groups, "length": tokens / n, "cut_off": cut / n}
 
 
@@ -136,20 +145,21 @@ def load_policy(args, dtype, device):
 
 @common.cli
 def main(args):
-    if args.group_size < 2:
-        raise common.InputError(f"--group-size {args.group_size}: a group needs at least 2 responses to compare")
-
     # 1. Data, policy, engine
     ranks = vlm.setup(distributed=True)
     torch.manual_seed(args.seed)  # KEEP: Only-RL draws its LoRA here, the same on every rank
-    config, dtype = vlm.read_ds_config(args, ranks)
-    train, val = load_data(args)
+    batch_prompts = args.batch_size * ranks.world
+    with ranks.together():
+        vlm.check_arguments(args)
+        config, dtype = vlm.read_ds_config(args, ranks)
+        train, val = load_data(args)
+        vlm.check_arguments(args, batch_prompts, len(train))
     run = vlm.Run(args, ranks)
-    model, processor = load_policy(args, dtype, ranks.device)
+    with ranks.together():
+        model, processor = load_policy(args, dtype, ranks.device)
     engine = vlm.make_engine(model, args, config, args.batch_size)  # a micro-step is one group
 
     # 2. Sizes
-    batch_prompts = args.batch_size * ranks.world
     total = -(-int(len(train) * args.epochs) // batch_prompts)
     eval_steps = max(1, round(len(train) * args.eval_every / batch_prompts))
     if ranks.main:
@@ -157,26 +167,29 @@ def main(args):
         print(f"{sizes}: {total} updates in {dtype}; reference: {args.adapter or 'the base model (Only-RL)'}", flush=True)
 
     # 3. Train
-    first = run.resume(engine)
-    bar = tqdm(total=total, initial=first, desc="grpo", unit="step", disable=None if ranks.main else True)
-    for step in range(first, total):
-        began, before = time.perf_counter(), vlm.fingerprint(model) if step == 0 else None
+    steps = run.resume(engine, total)
+    bar = tqdm(total=total, initial=total - len(steps), desc="grpo", unit="step", disable=None if ranks.main else True)
+    for step in steps:
+        began, before = time.perf_counter(), None if run.changed else vlm.fingerprint(model)
+        lr = vlm.lr_at(step, total, args)
         for group in engine.optimizer.param_groups:
-            group["lr"] = vlm.lr_at(step, total, args)
+            group["lr"] = lr
+        vlm.seed_step(args.seed, step, ranks.rank)
         places = range(ranks.rank * args.batch_size, (ranks.rank + 1) * args.batch_size)  # of the whole batch
         batch = vlm.batch_indices(len(train), batch_prompts, step, args.seed)
         batch = [train[batch[place]] for place in places]
 
         # 3a. Rollout: G responses of the current policy to each prompt
         model.eval()  # KEEP: generation in train() under gradient checkpointing is silently wrong
-        prompts = vlm.encode(model, processor, [(vlm.PROMPTS["reason"].format(text=example.text), example.image) for example in batch])
-        keys = [(args.seed, step, place) for place in places]  # KEEP: of the place in the whole batch, so ranks do not change the samples
-        samples = vlm.sample(model, processor, prompts, args.group_size, args.max_new_tokens, args.temperature, keys=keys)
-        sampled = time.perf_counter()
+        with ranks.together():
+            prompts = vlm.encode(model, processor, [(vlm.PROMPTS["reason"].format(text=example.text), example.image) for example in batch])
+            keys = [(args.seed, step, place) for place in places]  # KEEP: the place in the whole batch: ranks do not change the samples
+            samples = vlm.sample(model, processor, prompts, args.group_size, args.max_new_tokens, args.temperature, keys=keys)
+            sampled = time.perf_counter()
 
-        # 3b. Rewards and advantages. VARIANT: any function of (response text, gold) that returns its parts by name
-        rewards = [[common.reward(s.text, e.quintuples, args.alpha, args.beta) for s in group] for e, group in zip(batch, samples)]
-        advantages = group_advantages(torch.tensor([[r.total for r in group] for group in rewards], dtype=torch.float64))  # [B, G]
+            # 3b. Rewards and advantages. VARIANT: any function of (response text, gold) that returns its parts by name
+            rewards = [[common.reward(s.text, e.quintuples, args.alpha, args.beta) for s in group] for e, group in zip(batch, samples)]
+            advantages = group_advantages(torch.tensor([[r.total for r in group] for group in rewards], dtype=torch.float64))  # [B, G]
 
         # 3c. One backward a group, one update a batch
         losses, kls, entropies = 0.0, 0.0, 0.0
@@ -195,51 +208,35 @@ def main(args):
         # 4. Log
         sums = ranks.sum(losses, kls, entropies, *summarise(rewards, samples))
         loss, kl, entropy = (value / batch_prompts for value in sums[:3])
+        grad_norm, row = float(engine.get_global_grad_norm()), metrics_row(sums[3:])
+        drawn = [
+            {"step": step + 1, "id": e.id, "response": s.text, "finished": s.finished, **r._asdict(), "advantage": a}
+            for e, group, parts, scale in zip(batch, samples, rewards, advantages.tolist())
+            for s, r, a in zip(group, parts, scale)
+        ]
+        run.check_step(model, step, {"loss": loss, "gradient norm": grad_norm, "reward": row["reward"], "KL": kl}, before, drawn)
         if step == 0 and kl != 0:
-            raise common.InputError(
-                f"KL is {kl} before the first update, expected 0: the reference is not the policy's start (dropout? other adapter?)"
-            )
-        vlm.check_step(model, step, loss, engine.get_global_grad_norm(), before, [example.id for example in batch])
+            run.fail(f"KL is {kl:.3g} before the first update, expected 0: policy and reference start apart (dropout? other adapter?)")
         seconds = time.perf_counter() - began
-        row = {"step": step + 1, "epoch": round((step + 1) * batch_prompts / len(train), 4), **metrics_row(sums[3:])}
-        row |= {
-            "kl": kl,
-            "loss": loss,
-            "entropy": entropy,
-            "lr": vlm.lr_at(step, total, args),
-            "grad_norm": float(engine.get_global_grad_norm()),
-        }
-        row |= {
-            "seconds": round(seconds, 3),
-            "sampling_seconds": round(sampled - began, 3),
-            "tokens_per_second": round(sums[-2] / seconds, 1),
-        }
+        row = {"step": step + 1, "epoch": round((step + 1) * batch_prompts / len(train), 4), **row}
+        row |= {"kl": kl, "loss": loss, "entropy": entropy, "lr": lr, "grad_norm": grad_norm, "seconds": round(seconds, 3)}
+        row |= {"sampling_seconds": round(sampled - began, 3), "tokens_per_second": round(sums[-2] / seconds, 1)}
         row |= {"peak_memory_mib": round(vlm.peak_memory())}
         if (step + 1) % args.log_samples_every == 0 or step == 0:
-            drawn = [
-                {"step": step + 1, "id": e.id, "response": s.text, "finished": s.finished, **r._asdict(), "advantage": a}
-                for e, group, parts, scale in zip(batch, samples, rewards, advantages.tolist())
-                for s, r, a in zip(group, parts, scale)
-            ]
             run.log([row for part in ranks.gather(drawn) for row in part], "samples.jsonl")
 
         # 5. Validate, save
-        last = step + 1 == total
-        if (step + 1) % eval_steps == 0 or last:
+        validated = (step + 1) % eval_steps == 0 or step + 1 == total
+        if validated:
             row |= vlm.validate_and_keep(run, model, processor, val, "reason", step + 1, ranks, args)
         run.log([row])
-        bar.set_postfix_str(
-            f"reward {row['reward']:.3f} kl {kl:.4f} length {row['length']:.0f} {row['tokens_per_second']:.0f} tok/s", refresh=False
-        )
+        shown = f"reward {row['reward']:.3f}{run.best_text()} kl {kl:.4f} length {row['length']:.0f} {row['tokens_per_second']:.0f} tok/s"
+        bar.set_postfix_str(shown, refresh=False)
         bar.update()
-        halt = run.should_stop() or step + 1 == args.stop_after
-        if last or halt or (step + 1) % args.save_every == 0:
-            run.save(engine, step + 1)
-        if halt and not last:
-            vlm.say_stopped(run, step + 1, total)
-            return
+        if run.finish_step(engine, step + 1, total, validated):
+            break
     bar.close()
-    vlm.say_done(run, val)
+    run.say_done(total)
 
 
 if __name__ == "__main__":

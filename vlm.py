@@ -20,6 +20,7 @@ import signal
 import socket
 import subprocess
 import sys
+import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -36,7 +37,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, DynamicCache
 from transformers.utils import is_torchvision_available
 
-from common import DIRECT_PROMPT, REASON_PROMPT, InputError, jsonl_line, load_image, parse_response, score, write_atomic
+from common import DIRECT_PROMPT, REASON_PROMPT, InputError, Stopped, jsonl_line, load_image, parse_response, score, write_atomic
 
 PROMPTS = {"reason": REASON_PROMPT, "direct": DIRECT_PROMPT}
 ARCHITECTURES = ("qwen2_5_vl", "llava")
@@ -73,6 +74,27 @@ class Ranks:
         if self.world > 1:
             dist.all_gather_object(values, value)
         return values if self.world > 1 else [value]
+
+    @contextmanager
+    def together(self):
+        """Inside, each rank works alone: no collectives. What one raises ends all of them with that cause, and none waits for it."""
+        fault = None
+        try:
+            yield
+        except Exception as error:  # KEEP: whatever it is, the other ranks must hear of it
+            if self.world == 1:
+                raise
+            if not isinstance(error, (InputError, Stopped)):
+                traceback.print_exc()
+            fault = (str(error), 2) if isinstance(error, InputError) else (_first(f"{type(error).__name__}: {error}"), 3)
+        faults = self.gather(fault)
+        rank = next((rank for rank, fault in enumerate(faults) if fault), None)
+        if rank is None:
+            return
+        text, code = faults[rank]
+        if not self.main:
+            sys.exit(code)  # rank 0 says why
+        raise (InputError if code == 2 else Stopped)(f"rank {rank}: {text}" if rank else text)
 
 
 def setup(distributed=False):
@@ -172,8 +194,12 @@ def save_adapter(model, processor, folder, prompt):
     model.save_pretrained(fresh, selected_adapters=["default"])
     processor.save_pretrained(fresh)
     (fresh / "jmere.json").write_text(json.dumps({"prompt": prompt}) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
+    old = folder.with_name(f".{folder.name}.old")  # a kill between the two renames leaves this one; Run.resume puts it back
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
     fresh.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def adapter_prompt(folder):
@@ -430,6 +456,7 @@ def add_training_arguments(parser, epochs, lr, warmup_ratio, schedule, provenanc
     group.add_argument(
         "--eval-every", type=float, default=1.0, help="epochs between validations [ours: the paper keeps the best checkpoint]"
     )
+    group.add_argument("--patience", type=int, help="stop after this many validations in succession without a better F1 [ours: never]")
     group.add_argument("--eval-limit", type=int, help="validate on the first N examples [ours: all]")
     group.add_argument("--max-new-tokens", type=int, default=2048, help="longest response [paper §4]")
     group.add_argument("--eval-rows", type=int, default=64, help="responses decoded together in validation [ours: fits 48 GB]")
@@ -489,10 +516,44 @@ def make_engine(model, args, config, micro_steps):
         "optimizer": {"type": "AdamW", "params": {"lr": args.lr, "weight_decay": args.weight_decay, "torch_adam": True}},
         "steps_per_print": 10**9,
     }
+    for name in ("tensorboard", "csv_monitor"):  # DeepSpeed's own default is a folder below the working directory
+        if config.get(name, {}).get("enabled"):
+            config[name] = {"output_path": str(Path(args.out) / "monitor"), "job_name": name} | config[name]
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = [parameter for parameter in check_lora(model).parameters() if parameter.requires_grad]
     return deepspeed.initialize(model=model, model_parameters=trainable, config=config, dist_init_required=False)[0]
+
+
+def check_arguments(args, rows=None, examples=None):
+    """Numbers that would fail, or mean something else, hours later. rows: of one update, over all ranks. Raises InputError."""
+    least = {"batch_size": 1, "grad_accum": 1, "save_every": 1, "max_new_tokens": 1, "eval_rows": 1, "patience": 1, "group_size": 2}
+    least |= {
+        "lora_rank": 1,
+        "limit": 1,
+        "eval_limit": 1,
+        "stop_after": 1,
+        "log_samples_every": 1,
+        "clip": 0,
+        "warmup_ratio": 0,
+        "kl_coef": 0,
+    }
+    for name, bound in least.items():
+        value = getattr(args, name, None)
+        if value is not None and not value >= bound:
+            raise InputError(f"--{name.replace('_', '-')} {value}: expected at least {bound}")
+    for name in ("epochs", "lr", "eval_every", "temperature"):
+        if hasattr(args, name) and not 0 < getattr(args, name) < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a number above 0")
+    if args.patience and not args.val:
+        raise InputError("--patience needs --val: without a validation F1 nothing can stop improving")
+    if rows and rows > examples:
+        raise InputError(f"one update takes {rows} rows over all ranks, --data has {examples}: lower --batch-size or --grad-accum")
+
+
+def seed_step(seed, step, rank):
+    """What still draws from torch's own generator in a step (LoRA dropout) depends on (seed, step, rank) alone."""
+    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()[:8], "big") >> 1)
 
 
 def lr_at(step, total, args):
@@ -537,50 +598,63 @@ class Run:
     """OUT of a training run: config.json, metrics.jsonl, last/ (everything needed to go on) and best/ (the adapter to use).
 
     The same command on the same OUT goes on from last/; other arguments are refused unless --fresh. last/ is a link to a
-    complete state, exchanged atomically, so a kill at any moment leaves the old state or the new one.
+    complete state, exchanged atomically, so a kill at any moment leaves the old state or the new one. With several nodes OUT
+    must be on storage that all of them see.
     """
 
     FREE = ("fresh", "local_rank", "stop_after")  # arguments that may differ between the pieces of one run
+    LOGS = ("metrics.jsonl", "samples.jsonl")
 
     def __init__(self, args, ranks):
-        self.out, self.ranks, self.state, self.stopping = Path(args.out), ranks, {"step": 0, "best": -1.0, "best_step": None}, False
-        fault = self._open(args) if ranks.main else None
-        fault = ranks.gather(fault)[0]  # all ranks leave together
-        if fault:
-            raise InputError(fault)
+        self.out, self.args, self.ranks, self.stopping, self.changed = Path(args.out), args, ranks, False, False
+        self.state = {"step": 0, "best": -1.0, "best_step": None, "worse": 0, "ended": False}  # worse: validations since the best
+        with ranks.together():
+            if ranks.main:
+                self._open()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
 
-    def _open(self, args):
-        """Lock OUT, compare its arguments with ours. → what is wrong, or None."""
+    def _open(self):
+        """Lock OUT and compare its arguments with ours. Raises InputError."""
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.out / ".lock", "w")  # noqa: SIM115, held as long as the run
+            self.lock = open(self.out / ".lock", "a+")  # noqa: SIM115, held as long as the run
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return f"--out {self.out}: another process trains into it: wait for it, or choose another folder"
+            self.lock.seek(0)
+            holder = self.lock.read().strip()
+            raise InputError(
+                f"--out {self.out}: process {holder} trains into it: wait, stop it (kill {holder}), or choose another folder"
+            ) from None
         except OSError as error:
-            return f"--out {self.out}: cannot write there ({error.strerror})"
-        if args.fresh:
-            for path in [
-                *self.out.glob(".step-*"),
-                *(self.out / name for name in ("best", "config.json", "metrics.jsonl", "samples.jsonl", "last")),
-            ]:
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-        config = {"script": Path(sys.argv[0]).name, "world": self.ranks.world}
-        config |= {name: value for name, value in vars(args).items() if name not in self.FREE}
+            raise InputError(f"--out {self.out}: cannot write there ({error.strerror})") from None
+        self.lock.truncate(0)
+        self.lock.write(f"{os.getpid()}\n")  # kill -TERM $(cat OUT/.lock) stops all ranks after the step they are in
+        self.lock.flush()
+        if self.args.fresh:
+            for path in self.out.iterdir():
+                if path.name.startswith(".step-") or path.name in ("best", "last", "validation", "monitor", "config.json", *self.LOGS):
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        self.config = {"script": Path(sys.argv[0]).name, "world": self.ranks.world}
+        self.config |= {name: value for name, value in vars(self.args).items() if name not in self.FREE}
+        self.config |= _hashes(self.args)
         known = self.out / "config.json"
-        if known.exists() and (self.out / "metrics.jsonl").exists():  # a run that failed before its first step binds nobody
+        if not known.exists() or not any((self.out / name).exists() for name in ("last", "best", "metrics.jsonl")):
+            return  # a start that failed before its first step protects nothing
+        try:
             old = json.loads(known.read_text())
-            changed = [f"{name} {old.get(name)!r} → {config.get(name)!r}" for name in config if old.get(name) != config.get(name)]
-            if changed:
-                return f"--out {self.out}: holds a run with other arguments ({'; '.join(changed)}): choose another folder, or --fresh"
-            return None
-        write_atomic(known, json.dumps({**config, "versions": versions()}, indent=1) + "\n")
-        return None
+        except ValueError:
+            raise InputError(f"{known}: not JSON: mend it, or start anew with --fresh") from None
+        changed = [f"{name} {old.get(name)!r} → {value!r}" for name, value in self.config.items() if old.get(name) != value]
+        if changed:
+            raise InputError(
+                f"--out {self.out}: holds a run with other arguments ({'; '.join(changed)}): choose another folder, or --fresh"
+            )
 
     def _on_signal(self, number, frame):
         self.stopping = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once
         if self.ranks.main:
             print("stopping: this step is finished and saved first", file=sys.stderr, flush=True)
 
@@ -588,22 +662,43 @@ class Run:
         """Whether any rank was told to stop; every rank gets the same answer, so none waits for another."""
         return self.ranks.sum(self.stopping)[0] > 0
 
-    def resume(self, engine):
-        """Load OUT/last where there is one → the step to begin with. Log files lose what came after that step."""
-        last = self.out / "last"
-        if last.exists():
-            folder = last.resolve()
-            _, self.state = engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=False)
+    def resume(self, engine, total):
+        """Load OUT/last where there is one → the steps still to do. Log files lose what came after it."""
+        self.monitor, last = engine.monitor, self.out / "last"
+        with self.ranks.together():
+            if self.ranks.main:
+                self._check_space(engine.module)
+                self._sweep()
+                write_atomic(self.out / "config.json", json.dumps({**self.config, "versions": versions()}, indent=1) + "\n")
+        folder = self.ranks.gather(last.resolve().name if last.exists() else None)[0]  # KEEP: rank 0 decides, file systems lag
+        if folder:
+            _, self.state = engine.load_checkpoint(str(self.out), tag=folder, load_module_strict=False)
             if self.ranks.main:
                 print(f"going on from step {self.state['step']} of {last}", flush=True)
         if self.ranks.main:
-            for stale in self.out.glob(".step-*"):
-                if not last.exists() or stale.resolve() != last.resolve():
-                    shutil.rmtree(stale)
-            for name in ("metrics.jsonl", "samples.jsonl"):
+            for name in self.LOGS:
                 self._cut(self.out / name)
+            self._cut_csv(engine)
         self.ranks.barrier()
-        return self.state["step"]
+        return range(total if self.state["ended"] else self.state["step"], total)
+
+    def _check_space(self, model):
+        """Two states (the old one goes when the new one is whole) and two adapters must fit: weights, fp32 master, two moments."""
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        need, free = 2 * trainable * (4 + 4 + 4 + 4) + 2 * trainable * 4 + 2**24, shutil.disk_usage(self.out).free
+        if free < need:
+            raise InputError(f"--out {self.out}: {free / 2**20:.0f} MiB free, the states of this run take {need / 2**20:.0f}: make room")
+
+    def _sweep(self):
+        """What a kill left behind: half-written states, adapters and files."""
+        current = (self.out / "last").resolve().name
+        if not (self.out / "best").exists() and (self.out / ".best.old").exists():
+            (self.out / ".best.old").rename(self.out / "best")
+        for path in [*self.out.glob(".*"), *self.out.glob("validation/.*")]:
+            if path.name.startswith(".step-") and path.name != current or path.name in (".best.new", ".best.old"):
+                shutil.rmtree(path)
+            elif ".tmp" in path.name or path.name == ".last.new":
+                path.unlink()
 
     def _cut(self, path):
         """Drop rows of steps that are not in last/, a torn last line among them: they will be done again."""
@@ -611,36 +706,113 @@ class Run:
             lines = [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if json.loads(line)["step"] <= self.state["step"]]
             write_atomic(path, "".join(line + "\n" for line in lines))
 
+    def _cut_csv(self, engine):
+        """The same for DeepSpeed's CSV monitor, which would also write each header again."""
+        monitor = getattr(engine.monitor, "csv_monitor", None)
+        for path in Path(monitor.log_dir).glob("*.csv") if monitor else []:
+            bound = engine.global_samples if path.stem.startswith("Train_Samples") else self.state["step"]  # DeepSpeed's own count samples
+            header, *lines = path.read_text().splitlines()[: -1 if not path.read_text().endswith("\n") else None] or [""]
+            write_atomic(path, "".join(f"{line}\n" for line in [header, *(x for x in lines if int(x.split(",")[0]) <= bound)]))
+            monitor.filenames.append(path.stem)
+
     def save(self, engine, step):
-        """Everything needed to go on after `step` updates, frozen weights left out."""
+        """Everything needed to go on after `step` updates, frozen weights left out. Raises Stopped where it cannot be written."""
         self.state["step"] = step
         name = f".step-{step}"
-        engine.save_checkpoint(str(self.out), tag=name, client_state=self.state, save_latest=False, exclude_frozen_parameters=True)
-        self.ranks.barrier()
+        try:
+            engine.save_checkpoint(str(self.out), tag=name, client_state=self.state, save_latest=False, exclude_frozen_parameters=True)
+        except (OSError, RuntimeError) as error:  # RuntimeError is how torch tells of a full disk
+            raise Stopped(f"{self.out}: cannot save step {step} ({_first(error)}): make room; the same command goes on") from None
         if self.ranks.main:
+            for path in [*(self.out / name).iterdir(), *(self.out / log for log in self.LOGS if (self.out / log).exists())]:
+                with open(path, "rb") as handle:
+                    os.fsync(handle.fileno())  # KEEP: on the disk before the link points to it
             link = self.out / ".last.new"
             link.unlink(missing_ok=True)
             link.symlink_to(name)
             os.replace(link, self.out / "last")
-            for script in self.out.glob("zero_to_*.py"):  # DeepSpeed's converters, of no use without the frozen weights
-                script.unlink()
-            for stale in self.out.glob(".step-*"):
-                if stale.name != name:
-                    shutil.rmtree(stale)
+            for path in [*self.out.glob("zero_to_*.py"), *self.out.glob(f"{name}/zero_to_*.py")]:
+                path.unlink()  # DeepSpeed's converters, of no use without the frozen weights
+            self._sweep()
         self.ranks.barrier()
 
     def log(self, rows, name="metrics.jsonl"):
-        if self.ranks.main:
-            with open(self.out / name, "a", encoding="utf-8") as handle:
-                handle.write("".join(jsonl_line(row) for row in rows))
+        """Append rows; those of metrics.jsonl go to DeepSpeed's monitors too (TensorBoard, W&B, CSV: ds_zero2.json)."""
+        if not self.ranks.main:
+            return
+        with open(self.out / name, "a", encoding="utf-8") as handle:
+            handle.write("".join(jsonl_line(row) for row in rows))
+        if name == "metrics.jsonl" and self.monitor.enabled:
+            self.monitor.write_events([(f"train/{key}", value, row["step"]) for row in rows for key, value in row.items() if key != "step"])
 
     def keep_best(self, model, processor, prompt, step, f1):
         """best/ holds the state of the best validation JMERE F1, never of the best reward."""
-        if f1 > self.state["best"]:
-            self.state |= {"best": f1, "best_step": step}
+        if f1 <= self.state["best"]:
+            self.state["worse"] += 1
+            return
+        self.state |= {"best": f1, "best_step": step, "worse": 0}
+        with self.ranks.together():
             if self.ranks.main:
                 save_adapter(model, processor, self.out / "best", prompt)
-            self.ranks.barrier()
+
+    def out_of_patience(self):
+        return bool(self.args.patience) and self.state["worse"] >= self.args.patience
+
+    def check_step(self, model, step, numbers, before, rows):
+        """Fail at once, not at hour ten: a number that is none, or a first update that changed nothing.
+
+        numbers: {name: value}, the same on every rank; rows: this rank's ids and responses, kept where they are to blame.
+        """
+        bad = {name: value for name, value in numbers.items() if not math.isfinite(value)}
+        if bad:
+            rows = [row for part in self.ranks.gather(rows) for row in part]
+            path = self.out / f"failed-step-{step + 1}.jsonl"
+            if self.ranks.main:
+                write_atomic(path, "".join(map(jsonl_line, rows)))
+            ids = list(dict.fromkeys(row["id"] for row in rows))
+            shown = ", ".join(ids[:8]) + (" …" if len(ids) > 8 else "")
+            found = ", ".join(f"{name} {value}" for name, value in bad.items())
+            self.fail(f"step {step + 1}: {found}; examples {shown}; kept in {path}; last/ is the state before: look at them, or lower --lr")
+        if not self.changed and before is not None and numbers["gradient norm"] > 0:
+            if fingerprint(model) == before:
+                self.fail(f"the first update changed no weight (gradient norm {numbers['gradient norm']:.3g}): --lr is too small")
+            self.changed = True
+
+    def fail(self, text):
+        """Every rank knows of it: rank 0 says it."""
+        if not self.ranks.main:
+            sys.exit(InputError.exit_code)
+        raise InputError(text)
+
+    def finish_step(self, engine, step, total, drawn):
+        """After step `step` (from 1): curves where validated, save where due → whether the run is over, at its end or before."""
+        end = step == total or self.out_of_patience()
+        if drawn and self.ranks.main:
+            draw_curves(self.out)
+        halt = self.should_stop() or step == self.args.stop_after
+        self.state["ended"] = end
+        if end or halt or step % self.args.save_every == 0:
+            self.save(engine, step)
+        if halt and not end and self.ranks.main:
+            print(f"stopped after step {step} of {total}, saved in {self.out / 'last'}: the same command goes on", flush=True)
+        return end or halt
+
+    def best_text(self):
+        """For the progress bar."""
+        return f" f1 {self.state['best']:.3f}" if self.args.val and self.state["best_step"] else ""
+
+    def say_done(self, total):
+        if self.ranks.main and self.state["ended"]:
+            early = f" after step {self.state['step']} of {total}: {self.state['worse']} validations without a better F1"
+            score = f"validation JMERE F1 {self.state['best']:.4f} at step {self.state['best_step']}" if self.args.val else "the last step"
+            print(f"done{early if self.state['step'] < total else ''}: adapter in {self.out / 'best'}, {score}", flush=True)
+
+
+def _hashes(args):
+    """Content of what the run reads: a file changed between two pieces of a run is another argument."""
+    adapter = getattr(args, "adapter", None)
+    paths = {"data": args.data, "val": args.val, "ds_config": args.ds_config, "adapter": adapter and f"{adapter}/adapter_model.safetensors"}
+    return {f"{name}_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] for name, path in paths.items() if path}
 
 
 def validate(model, processor, examples, prompt, ranks, args):
@@ -649,7 +821,8 @@ def validate(model, processor, examples, prompt, ranks, args):
     items = [(PROMPTS[prompt].format(text=example.text), example.image) for example in mine]
     was_training = model.training
     model.eval()  # KEEP: generation in train() under gradient checkpointing is silently wrong
-    with tqdm(total=len(items), desc="validate", unit="tweet", disable=None if ranks.main else True, leave=False) as bar:
+    bar = tqdm(total=len(items), desc="validate", unit="tweet", disable=None if ranks.main else True, leave=False)
+    with bar, ranks.together():
         samples = generate(model, processor, items, 1, args.max_new_tokens, 0.0, batch_rows=args.eval_rows, progress=bar)
     model.train(was_training)
     rows = [{"id": example.id, "response": sample.text, "finished": sample.finished} for example, [sample] in zip(mine, samples)]
@@ -661,8 +834,10 @@ def validate(model, processor, examples, prompt, ranks, args):
 
 def versions():
     names = ("torch", "transformers", "peft", "deepspeed")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return {name: metadata.version(name) for name in names} | {"commit": commit.stdout.strip() or None}
+    commit = None
+    if shutil.which("git"):
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    return {name: metadata.version(name) for name in names} | {"commit": commit or None}
 
 
 def validate_and_keep(run, model, processor, val, prompt, step, ranks, args):
@@ -671,28 +846,27 @@ def validate_and_keep(run, model, processor, val, prompt, step, ranks, args):
         run.keep_best(model, processor, prompt, step, run.state["best"] + 1)
         return {}
     scores, rows = validate(model, processor, val, prompt, ranks, args)
-    if ranks.main:
-        write_atomic(run.out / "validation" / f"step-{step}.jsonl", "".join(map(jsonl_line, rows)))
+    with ranks.together():
+        if ranks.main:
+            write_atomic(run.out / "validation" / f"step-{step}.jsonl", "".join(map(jsonl_line, rows)))
     run.keep_best(model, processor, prompt, step, scores["jmere"]["f1"])
     return {f"val_{name}_f1": values["f1"] for name, values in scores.items()}
 
 
-def check_step(model, step, loss, grad_norm, before, ids):
-    """Fail at once, not at hour ten: a loss that is no number, or a first update that changed nothing."""
-    if not math.isfinite(loss) or not math.isfinite(grad_norm):
-        raise InputError(
-            f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; examples {', '.join(ids)}: lower --lr, or look at these rows"
-        )
-    if before is not None and grad_norm > 0 and fingerprint(model) == before:
-        raise InputError(f"the first update changed no weight (gradient norm {grad_norm:.3g}): --lr is too small for this dtype")
+def draw_curves(out):
+    """OUT/curves.png from metrics.jsonl: reward and its parts, loss, KL, length, validation F1, as far as the run logs them."""
+    from matplotlib.figure import Figure  # here: only training needs it, and pyplot's global state nobody
 
-
-def say_stopped(run, step, total):
-    if run.ranks.main:
-        print(f"stopped after step {step} of {total}, saved in {run.out / 'last'}: the same command goes on", flush=True)
-
-
-def say_done(run, val):
-    if run.ranks.main:
-        score = f", validation JMERE F1 {run.state['best']:.4f} at step {run.state['best_step']}" if val else " (the last step: no --val)"
-        print(f"done: adapter in {run.out / 'best'}{score}", flush=True)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    panels = (("reward", "accuracy", "partial", "format"), ("loss",), ("kl",), ("length",), ("val_jmere_f1", "val_mner_f1"))
+    panels = [kept for panel in panels if (kept := [name for name in panel if any(name in row for row in rows)])]
+    figure = Figure(figsize=(7, 2.2 * len(panels)), layout="constrained")
+    for axes, panel in zip(figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0], panels):
+        for name in panel:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            axes.plot(*zip(*points), label=name, marker="." if len(points) < 50 else None)
+        axes.legend(loc="best", fontsize=8)
+        axes.grid(alpha=0.3)
+    axes.set_xlabel("step")
+    figure.savefig(out / ".curves.tmp.png")
+    os.replace(out / ".curves.tmp.png", out / "curves.png")

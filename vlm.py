@@ -29,12 +29,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_torchvision_available
 
 from common import DIRECT_PROMPT, REASON_PROMPT, InputError, Stopped, jsonl_line, load_image, parse_response, score, write_atomic
@@ -42,6 +44,7 @@ from common import DIRECT_PROMPT, REASON_PROMPT, InputError, Stopped, jsonl_line
 PROMPTS = {"reason": REASON_PROMPT, "direct": DIRECT_PROMPT}
 ARCHITECTURES = ("qwen2_5_vl", "llava")
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"  # plain names hit the vision tower too
+SHARED_PREFIX = "shared_prefix"  # our attention, by the name that transformers knows it under
 HEAD_CHUNK = 256  # response tokens whose [256, V] logits are alive at once
 
 # ------------------------------------------------------------------------------------------------ ranks
@@ -130,6 +133,7 @@ def load(name, dtype=torch.float32, device="cpu"):
         processor = load_processor(name)
     except (OSError, ValueError) as error:
         raise InputError(f"--model {name}: cannot load ({_first(error)})") from None
+    model.model.language_model.config._attn_implementation = SHARED_PREFIX  # the decoder alone, not the vision tower
     return model.requires_grad_(False).eval(), processor
 
 
@@ -297,6 +301,132 @@ def _as_rope(positions):
     return positions.transpose(0, 1) if positions.shape[1] == 3 else positions[:, 0]
 
 
+# ------------------------------------------------------------------------------------------------ shared prefix
+
+
+def _attention(module, query, key, value, attention_mask, layout=None, **kwargs):
+    """The decoder's attention: sdpa, unless the caller hands in a layout (Packed or Decoding)."""
+    if layout is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return layout(module.layer_idx, query, key, value).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(SHARED_PREFIX, _attention)
+AttentionMaskInterface.register(SHARED_PREFIX, sdpa_mask)  # of passes without a layout
+
+
+class Packed:
+    """One row of real tokens, [prompt | c1 … cG] of each group behind the last. A response sees its prompt and itself.
+
+    It needs no L × L mask: the prompt is causal over itself, each response is one causal block over [prompt, itself].
+    """
+
+    def __init__(self, groups, keep=False):
+        self.groups = groups  # [(P, [C1 … CG])]
+        self.kept = [] if keep else None  # (keys, values) [1, Hkv, L, d] of each layer: what decoding goes on from
+        self.masks = {}
+
+    def __call__(self, layer, query, key, value):
+        """query [1, H, L, d], key and value [1, Hkv, L, d] → [1, H, L, d]"""
+        if self.kept is not None:
+            self.kept.append((key, value))
+        outputs, start = [], 0
+        for size, lengths in self.groups:
+            prefix = slice(start, start + size)
+            prefix_key, prefix_value = key[:, :, prefix], value[:, :, prefix]
+            outputs.append(scaled_dot_product_attention(query[:, :, prefix], prefix_key, prefix_value, is_causal=True, enable_gqa=True))
+            start += size
+            for length in lengths:
+                own = slice(start, start + length)
+                q = query[:, :, own].unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # [1, Hkv, H/Hkv·C, d]: keys are not repeated a head
+                k, v = torch.cat([prefix_key, key[:, :, own]], 2), torch.cat([prefix_value, value[:, :, own]], 2)  # [1, Hkv, P + C, d]
+                out = scaled_dot_product_attention(q, k, v, attn_mask=self._mask(size, length, q))
+                outputs.append(out.unflatten(2, (-1, length)).flatten(1, 2))  # [1, H, C, d]
+                start += length
+        return torch.cat(outputs, 2)
+
+    def _mask(self, size, length, query):
+        """[H/Hkv·C, P + C] additive: 0 on the prompt, causal on the response."""
+        if (size, length) not in self.masks:
+            causal = torch.full((length, length), -torch.inf, dtype=query.dtype, device=query.device).triu(1)
+            self.masks[size, length] = pad(causal, (size, 0)).repeat(query.shape[2] // length, 1)
+        return self.masks[size, length]
+
+
+class Decoding:
+    """Caches of N responses that grow a token at a time: B prompts' keys and values, each held once, and every response's own.
+
+    Scores of all responses to a prompt are one matrix product with its keys; one softmax goes over prompt and response.
+    """
+
+    GROW = 64  # tokens
+
+    def __init__(self, kept, sizes, n):
+        def by_prompt(x):  # [1, Hkv, ΣP, d] → [B, Hkv, P, d]
+            return pad_sequence([part.transpose(0, 1) for part in x[0].split(sizes, 1)], batch_first=True).transpose(1, 2)
+
+        self.prefix = [torch.stack([by_prompt(key), by_prompt(value)]) for key, value in kept]  # a layer: [2, B, Hkv, P, d]
+        device = kept[0][0].device
+        self.hole = torch.arange(max(sizes), device=device) >= torch.tensor(sizes, device=device)[:, None]  # [B, P]
+        self.own = [p.new_empty(2, len(sizes) * n, p.shape[2], 0, p.shape[4]) for p in self.prefix]  # a layer: [2, N, Hkv, C, d]
+        self.step = -1
+        self._arrange(torch.arange(len(sizes), device=device).repeat_interleave(n))
+
+    def _arrange(self, owner):
+        """owner [N], ascending: each response's prompt. Responses stand in a grid [B, width], which has holes once some are done."""
+        counts = owner.bincount()
+        self.owner, self.width = owner, int(counts.max())
+        self.slot = torch.arange(len(owner), device=owner.device) - (counts.cumsum(0) - counts)[owner]
+        self.full = len(owner) == len(counts) * self.width
+
+    def _spread(self, x):
+        """[N, Hkv, r, …] → [B, Hkv, width·r, …]"""
+        shape = (self.prefix[0].shape[1], self.width, *x.shape[1:])
+        grid = x.view(shape) if self.full else x.new_zeros(shape).index_put((self.owner, self.slot), x)
+        return grid.transpose(1, 2).flatten(2, 3)
+
+    def _collect(self, grid):
+        """[B, Hkv, width·r, …] → [N, Hkv, r, …]"""
+        grid = grid.unflatten(2, (self.width, -1)).transpose(1, 2)
+        return grid.flatten(0, 1) if self.full else grid[self.owner, self.slot]
+
+    def keep(self, rows):
+        """Drop all responses but `rows` (ascending indices), and prompts that have none left."""
+        self.own = [own[:, rows] for own in self.own]
+        alive, owner = self.owner[rows].unique(return_inverse=True)
+        if len(alive) < len(self.hole):
+            self.prefix, self.hole = [prefix[:, alive] for prefix in self.prefix], self.hole[alive]
+        self._arrange(owner)
+
+    def advance(self):
+        self.step += 1
+        if self.step % self.GROW == 0:
+            self.own = [pad(own, (0, 0, 0, self.GROW)) for own in self.own]
+
+    def __call__(self, layer, query, key, value):
+        """query [N, H, 1, d], key and value [N, Hkv, 1, d] → [N, H, 1, d]"""
+        self.own[layer][:, :, :, self.step] = torch.stack([key, value])[:, :, :, 0]
+        own_key, own_value = self.own[layer][:, :, :, : self.step + 1]  # [N, Hkv, C, d]
+        prefix_key, prefix_value = self.prefix[layer]  # [B, Hkv, P, d]
+        query = query.unflatten(1, (key.shape[1], -1))[:, :, :, 0] * query.shape[-1] ** -0.5  # [N, Hkv, H/Hkv, d]
+        shared = self._spread(query) @ prefix_key.transpose(2, 3)  # [B, Hkv, width·H/Hkv, P]
+        shared = self._collect(shared.masked_fill(self.hole[:, None, None], -torch.inf))  # [N, Hkv, H/Hkv, P]
+        scores = torch.cat([shared, query @ own_key.transpose(2, 3)], -1).softmax(-1, dtype=torch.float32).to(value.dtype)
+        shared, own = scores.split([prefix_key.shape[2], self.step + 1], -1)
+        out = self._collect(self._spread(shared) @ prefix_value) + own @ own_value  # [N, Hkv, H/Hkv, d]
+        return out.flatten(1, 2)[:, :, None]
+
+
+def _decoder(base, embeds, positions, layout):
+    """[N, L, D], [N, 3 or 1, L] → last hidden state [N, L, D] under a layout's attention."""
+    decoder = base.model.language_model
+    assert decoder.config._attn_implementation == SHARED_PREFIX, "the layout would be ignored: load the model with vlm.load"
+    unused = embeds.new_zeros(1, 1, 1, 1)  # a mask of four dimensions: transformers builds none
+    return decoder(
+        inputs_embeds=embeds, attention_mask=unused, position_ids=_as_rope(positions), use_cache=False, layout=layout
+    ).last_hidden_state
+
+
 # ------------------------------------------------------------------------------------------------ sampling
 
 
@@ -313,6 +443,35 @@ def uniforms(n, length, *key):
     return torch.rand(n, length, generator=torch.Generator().manual_seed(seed))
 
 
+@contextmanager
+def _folded(model):
+    """Inside, each linear layer of the decoder is one matmul with a second copy of its weight: LoRA added in, laid out for few rows.
+
+    On a CPU in fp32 only, where it halves the time of a token. In bf16 the sum would round small LoRA updates away.
+    The base is untouched: merging and unmerging would let it drift.
+    """
+    base, folded = _base(model), []
+    if base.lm_head.weight.dtype == torch.float32 and base.lm_head.weight.device.type == "cpu":
+        modules = [*base.model.language_model.named_modules(), ("lm_head", base.lm_head)]
+        loras = [(name, module) for name, module in modules if isinstance(module, LoraLayer)]
+        inside = tuple(f"{name}." for name, _ in loras)
+        linears = [(name, module) for name, module in modules if isinstance(module, torch.nn.Linear) and not name.startswith(inside)]
+        for _, module in loras + linears:
+            plain = module.get_base_layer() if isinstance(module, LoraLayer) else module
+            weight = plain.weight
+            if isinstance(module, LoraLayer) and not module.disable_adapters:
+                weight = sum((module.get_delta_weight(name) for name in module.active_adapters), weight)
+            weight = weight.t().contiguous()  # [in, out]
+            bias = plain.bias if plain.bias is not None else 0.0
+            module.forward = lambda x, weight=weight, bias=bias: x @ weight + bias
+            folded.append(module)
+    try:
+        yield
+    finally:
+        for module in folded:
+            del module.forward
+
+
 @torch.no_grad()
 def sample(model, processor, prompts, n, max_new_tokens, temperature, top_p=1.0, keys=None):
     """n responses to each Prompt → list (a prompt) of lists of Sample. Prefills each prompt once.
@@ -322,44 +481,39 @@ def sample(model, processor, prompts, n, max_new_tokens, temperature, top_p=1.0,
     """
     assert not model.training, "sampling in train() mode gives wrong text under gradient checkpointing"
     base = _base(model)
-    decoder, head, device = base.model.language_model, base.lm_head, base.lm_head.weight.device
-    stops = torch.tensor(stop_ids(model, processor), device=device)
+    device = base.lm_head.weight.device
+    stops, images = torch.tensor(stop_ids(model, processor), device=device), image_ids(model)
     noise = torch.cat([uniforms(n, max_new_tokens, key) for key in keys or range(len(prompts))]).to(device) if temperature else None
 
-    # 1. Prefill, left-padded so that every row's next token is the last one.
-    longest = max(len(p.embeds) for p in prompts)
-    embeds = torch.stack([pad(p.embeds, (0, 0, longest - len(p.embeds), 0)) for p in prompts])  # [B, P, D]
-    positions = torch.stack([pad(p.positions, (longest - len(p.embeds), 0)) for p in prompts])  # [B, 3, P]
-    mask = torch.tensor([[0] * (longest - len(p.embeds)) + [1] * len(p.embeds) for p in prompts], device=device)  # [B, P]
-    cache = DynamicCache(config=decoder.config)
-    hidden = decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=_as_rope(positions), past_key_values=cache).last_hidden_state
+    with _folded(model):
+        # 1. Prefill: all prompts in one row, nothing padded.
+        sizes = [len(p.embeds) for p in prompts]
+        layout = Packed([(size, []) for size in sizes], keep=True)
+        positions = torch.cat([p.positions for p in prompts], 1)[None]  # [1, 3, ΣP]
+        hidden = _decoder(base, torch.cat([p.embeds for p in prompts])[None], positions, layout)[0]  # [ΣP, D]
+        hidden = hidden[torch.tensor(sizes, device=device).cumsum(0) - 1].repeat_interleave(n, 0)  # [N, D]
+        cache = Decoding(layout.kept, sizes, n)
+        del layout
 
-    # 2. Decode all N = B·n rows together; rows that are done leave the batch.
-    cache.batch_repeat_interleave(n)
-    hidden = hidden[:, -1].repeat_interleave(n, 0)  # [N, D]
-    mask = pad(mask, (0, max_new_tokens), value=1).repeat_interleave(n, 0)  # [N, P + C]
-    first = (positions.amax((1, 2)) + 1).repeat_interleave(n)  # [N] position of the first response token
-    rows, drawn = torch.arange(len(first), device=device), [[] for _ in range(len(first))]
-    for step in range(max_new_tokens):
-        logits = head(hidden).float()  # [N, V]
-        logits[:, image_ids(model)] = -torch.inf
-        tokens = _draw(logits, temperature, top_p, noise[rows, step] if temperature else None)  # [N]
-        for row, token in zip(rows.tolist(), tokens.tolist()):
-            drawn[row].append(token)
-        going = ~torch.isin(tokens, stops)
-        if step == max_new_tokens - 1 or not going.any():
-            break
-        if not going.all():
-            keep = going.nonzero()[:, 0]
-            rows, tokens, mask = rows[keep], tokens[keep], mask[keep]
-            cache.batch_select_indices(keep)
-        position = (first[rows] + step)[:, None, None].expand(-1, positions.shape[1], 1)  # [N, 3, 1]
-        hidden = decoder(
-            inputs_embeds=base.get_input_embeddings()(tokens[:, None]),
-            attention_mask=mask[:, : longest + step + 1],
-            position_ids=_as_rope(position),
-            past_key_values=cache,
-        ).last_hidden_state[:, -1]
+        # 2. Decode all N = B·n rows together; rows that are done leave the batch.
+        first = torch.stack([p.positions.max() + 1 for p in prompts]).repeat_interleave(n)  # [N] position of the first response token
+        rows, drawn = torch.arange(len(first), device=device), [[] for _ in range(len(first))]
+        for step in range(max_new_tokens):
+            logits = base.lm_head(hidden).float()  # [N, V]
+            logits[:, images] = -torch.inf
+            tokens = _draw(logits, temperature, top_p, noise[rows, step] if temperature else None)  # [N]
+            for row, token in zip(rows.tolist(), tokens.tolist()):
+                drawn[row].append(token)
+            going = ~torch.isin(tokens, stops)
+            if step == max_new_tokens - 1 or not going.any():
+                break
+            if not going.all():
+                keep = going.nonzero()[:, 0]
+                rows, tokens = rows[keep], tokens[keep]
+                cache.keep(keep)
+            cache.advance()
+            position = (first[rows] + step)[:, None, None].expand(-1, positions.shape[1], 1)  # [N, 3, 1]
+            hidden = _decoder(base, base.get_input_embeddings()(tokens[:, None]), position, cache)[:, 0]
     ends = set(stops.tolist())
     samples = [Sample(decode(processor, ids), ids, ids[-1] in ends) for ids in drawn]
     return [samples[i : i + n] for i in range(0, len(samples), n)]
@@ -397,53 +551,89 @@ def generate(model, processor, items, n=1, max_new_tokens=2048, temperature=0.8,
 # ------------------------------------------------------------------------------------------------ log-probs
 
 
-def completion_logps(model, prompts, completions, temperature=1.0):
-    """Log-probs of responses under the model as it is now (adapter, grad mode). The one function that shared-prefix exchanges.
+def completion_logps(model, prompts, completions, temperature=1.0, shared_prefix=True):
+    """Log-probs of responses under the model as it is now (adapter, grad mode).
 
     prompts: list of Prompt; completions: for each a list of id lists, stop id included.
+    shared_prefix: each prompt once, in one row with its responses; else a padded row for every response. The same numbers.
     → logps [N, C], entropy [N, C] (no graph), mask [N, C]; N rows in the order of completions; fp32, at the sampling temperature.
     """
     base = _base(model)
+    responses = [torch.tensor(ids, device=base.lm_head.weight.device) for group in completions for ids in group]
+    hidden = (_hidden_shared if shared_prefix else _hidden_plain)(base, prompts, completions)  # [T, D]
+    logps, entropy = TokenLogps.apply(hidden, base.lm_head.weight, torch.cat(responses), temperature)  # [T]
+    parts = (logps, entropy, torch.ones_like(logps, dtype=torch.bool))
+    lengths = [len(ids) for ids in responses]
+    return tuple(pad_sequence(flat.split(lengths), batch_first=True) for flat in parts)  # [T] → [N, C], False and 0 behind each response
+
+
+def _hidden_shared(base, prompts, completions):
+    """→ [T, D]: the state that predicts each response token, out of one packed row for all groups."""
+    device, lookup = base.lm_head.weight.device, base.get_input_embeddings()
+    embeds, positions, index, groups, start = [], [], [], [], 0
+    for prompt, group in zip(prompts, completions, strict=True):
+        embeds += [prompt.embeds, lookup(torch.tensor([i for ids in group for i in ids], device=device)).detach()]
+        positions += [prompt.positions, *(_positions(prompt, len(ids)) for ids in group)]
+        groups.append((len(prompt.embeds), [len(ids) for ids in group]))
+        last = start + len(prompt.embeds) - 1  # the prompt's last position predicts every response's first token
+        start = last + 1
+        for ids in group:
+            index += [last, *range(start, start + len(ids) - 1)]
+            start += len(ids)
+    hidden = _decoder(base, torch.cat(embeds)[None], torch.cat(positions, 1)[None], Packed(groups))[0]  # [L, D]
+    return hidden[torch.tensor(index, device=device)]
+
+
+def _hidden_plain(base, prompts, completions):
+    """→ [T, D]: the same from one row [prompt | response | padding] for every response."""
     device = base.lm_head.weight.device
     pairs = [(prompt, ids) for prompt, group in zip(prompts, completions, strict=True) for ids in group]
     longest = max(len(prompt.embeds) + len(ids) for prompt, ids in pairs)
-    embeds, positions, mask, index, targets = [], [], [], [], []
+    embeds, positions, mask, index = [], [], [], []
     for row, (prompt, ids) in enumerate(pairs):
-        size, response = len(prompt.embeds), torch.tensor(ids, device=device)
+        size, response = len(prompt.embeds), base.get_input_embeddings()(torch.tensor(ids, device=device)).detach()
         short = longest - size - len(ids)
-        whole = torch.cat([prompt.embeds, base.get_input_embeddings()(response).detach()])
-        embeds.append(pad(whole, (0, 0, 0, short)))
+        embeds.append(pad(torch.cat([prompt.embeds, response]), (0, 0, 0, short)))
         positions.append(pad(torch.cat([prompt.positions, _positions(prompt, len(ids))], 1), (0, short)))
         mask.append([1] * (size + len(ids)) + [0] * short)
         index.append(row * longest + torch.arange(size - 1, size + len(ids) - 1, device=device))  # the position that predicts each token
-        targets.append(response)
     hidden = base.model.language_model(
         inputs_embeds=torch.stack(embeds),
         attention_mask=torch.tensor(mask, device=device),
         position_ids=_as_rope(torch.stack(positions)),
         use_cache=False,
-    ).last_hidden_state.flatten(0, 1)  # [N·L, D]
-    targets = torch.cat(targets)
-    logps, entropy = token_logps(base.lm_head, hidden[torch.cat(index)], targets, temperature)  # [T]
-    lengths = [len(ids) for _, ids in pairs]
-    parts = (logps, entropy, torch.ones_like(targets, dtype=torch.bool))
-    return tuple(pad_sequence(flat.split(lengths), batch_first=True) for flat in parts)  # [T] → [N, C], False and 0 behind each response
+    ).last_hidden_state
+    return hidden.flatten(0, 1)[torch.cat(index)]  # [N·L, D] → [T, D]
 
 
-def token_logps(head, hidden, targets, temperature):
-    """[T, D], [T] → logps [T], entropy [T] in fp32; logits exist for HEAD_CHUNK tokens at a time, in backward too."""
+class TokenLogps(torch.autograd.Function):
+    """Head and log-softmax in one: hidden [T, D], weight [V, D], targets [T] → logps [T], entropy [T] (no graph), fp32.
 
-    def chunk(hidden, targets):
-        logps = (head(hidden).float() / temperature).log_softmax(-1)  # [chunk, V]
-        with torch.no_grad():
-            entropy = -(logps.exp() * logps).sum(-1)
-        return logps.gather(-1, targets[:, None])[:, 0], entropy
+    d logp / d hidden = (onehot − probs) · weight / temperature does not depend on the loss, so the forward pass leaves it
+    behind: [HEAD_CHUNK, V] logits at most, and two head matmuls in all. The head is frozen.
+    """
 
-    parts = [
-        checkpoint(chunk, h, t, use_reentrant=False) if torch.is_grad_enabled() else chunk(h, t)
-        for h, t in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK))
-    ]
-    return torch.cat([logps for logps, _ in parts]), torch.cat([entropy for _, entropy in parts])
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature):
+        assert not weight.requires_grad, "the head is taken as frozen"
+        logps, entropy, slopes = [], [], []
+        for states, ids in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK)):
+            logits = linear(states, weight).float().div_(temperature).log_softmax(-1)  # [chunk, V]
+            logps.append(logits.gather(-1, ids[:, None])[:, 0])
+            probs = logits.exp()
+            entropy.append(-torch.linalg.vecdot(probs, logits))
+            if ctx.needs_input_grad[0]:
+                probs.neg_()[torch.arange(len(ids)), ids] += 1  # onehot − probs
+                slopes.append(probs.div_(temperature).to(weight.dtype) @ weight)  # [chunk, D]
+        logps, entropy = torch.cat(logps), torch.cat(entropy)
+        ctx.mark_non_differentiable(entropy)
+        ctx.save_for_backward(torch.cat(slopes) if slopes else None)
+        return logps, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        [slopes] = ctx.saved_tensors
+        return (grad[:, None] * slopes).to(slopes.dtype), None, None, None
 
 
 # ------------------------------------------------------------------------------------------------ training

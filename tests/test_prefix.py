@@ -1,0 +1,255 @@
+"""The prompt computed once: packed rows and shared caches against the plain path and against plain transformers."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import common
+import vlm
+from conftest import ARCHITECTURES, ROOT, run_script, stage
+
+LENGTHS = [[5, 1, 12], [9, 3, 2]]  # response tokens of two groups, ragged, one of length 1
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def loaded(request, tiny, world):
+    """Tiny model with a LoRA that does something, processor, two prompts of different length as items."""
+    model, processor = vlm.load(str(tiny(request.param)))
+    torch.manual_seed(0)
+    model = vlm.add_lora(model, 8, 16)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    examples = common.load_examples(world / "train.jsonl", None, need=("quintuples",))
+    items = [(common.REASON_PROMPT.format(text=examples[0].text), examples[0].image)]
+    items.append((common.DIRECT_PROMPT.format(text=examples[1].text), examples[1].image))
+    return model, processor, items
+
+
+def decoder_config(model):
+    return vlm._base(model).model.language_model.config
+
+
+def completions_of(model, lengths):
+    legal = torch.tensor([i for i in range(10, 200) if i not in vlm.image_ids(model)])
+    generator = torch.Generator().manual_seed(1)
+    return [[legal[torch.randint(len(legal), (n,), generator=generator)].tolist() for n in group] for group in lengths]
+
+
+def transformers_logps(model, processor, items, completions, temperature=1.0):
+    """Log-probs [N, C] by the model's own forward pass, a row at a time: ids, image and token types in, logits out."""
+    rows = []
+    for (text, image), group in zip(items, completions):
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        chat = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
+        inputs = processor(text=[chat], images=[common.load_image(image)], return_tensors="pt")
+        for ids in group:
+            whole = dict(inputs, input_ids=torch.cat([inputs["input_ids"], torch.tensor([ids])], 1))
+            whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+            if "mm_token_type_ids" in inputs:
+                whole["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, len(ids)))
+            logits = model(**whole).logits[0, -len(ids) - 1 : -1].float() / temperature
+            rows.append(logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0])
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def loss_and_gradients(model, logps, mask):
+    """04's loss on made-up advantages and reference → loss, all LoRA gradients as one vector."""
+    model.zero_grad()
+    generator = torch.Generator().manual_seed(2)
+    advantages = torch.randn(len(logps), generator=generator)
+    ref_logps = logps.detach() + 0.3 * torch.randn(logps.shape, generator=generator)
+    loss, _ = stage("04_grpo").grpo_loss(logps, ref_logps, advantages, mask, 0.1)
+    loss.backward()
+    return loss.detach(), torch.cat([p.grad.flatten().float() for p in model.parameters() if p.requires_grad])
+
+
+def off(a, b):
+    """Relative difference of two tensors, L2."""
+    return ((a - b).norm() / b.norm()).item()
+
+
+def compare(model, processor, items, lengths, attention="sdpa", checkpointing=False, temperature=0.7):
+    """→ relative differences of packed log-probs, loss and gradients from {plain path, transformers}."""
+    completions, config, found = completions_of(model, lengths), decoder_config(model), {}
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    prompts = vlm.encode(model, processor, items)
+    try:
+        logps, _, mask = vlm.completion_logps(model, prompts, completions, temperature)
+        packed = (logps.detach(), *loss_and_gradients(model, logps, mask))
+        for name in ("plain", "transformers"):
+            config._attn_implementation = attention
+            if name == "plain":
+                logps = vlm.completion_logps(model, prompts, completions, temperature, shared_prefix=False)[0]
+            else:
+                logps = transformers_logps(model, processor, items, completions, temperature)
+            other = (logps.detach(), *loss_and_gradients(model, logps, mask))
+            found[name] = [off(ours, theirs) for ours, theirs in zip(packed, other)]
+    finally:
+        config._attn_implementation = vlm.SHARED_PREFIX
+        model.gradient_checkpointing_disable()
+        model.eval()
+    return found
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_packed_row_equals_plain_and_transformers(loaded, attention, checkpointing, groups):
+    model, processor, items = loaded
+    found = compare(model, processor, items[:groups], LENGTHS[:groups], attention, checkpointing)
+    for name, (logps, loss, gradients) in found.items():
+        assert max(logps, loss, gradients) <= TOLERANCE, f"{name}: log-probs {logps:.1e}, loss {loss:.1e}, gradients {gradients:.1e}"
+
+
+@pytest.mark.parametrize("fault", ["position", "neighbour", "head"])
+def test_the_comparison_can_fail(loaded, fault, monkeypatch):
+    model, processor, items = loaded
+    if fault == "position":  # responses begin one place late
+        right = vlm._positions
+        monkeypatch.setattr(vlm, "_positions", lambda prompt, length: right(prompt, length) + 1)
+    elif fault == "neighbour":  # responses see nothing of their own
+        monkeypatch.setattr(vlm.Packed, "_mask", lambda self, size, length, query: torch.zeros(query.shape[2], size + length))
+    else:  # the state of the token itself, not of the one before it
+        right = vlm._hidden_shared
+        monkeypatch.setattr(vlm, "_hidden_shared", lambda *args: right(*args).roll(-1, 0))
+    _, loss, gradients = compare(model, processor, items[:1], LENGTHS[:1])["transformers"]
+    assert gradients > 1e-3, f"gradients differ by {gradients:.1e} only"
+
+
+def test_bf16_is_as_near_to_fp32_as_the_plain_path(loaded):
+    """Measured against fp32 log-probs and gradients of the same weights; bf16's own noise is what the plain path shows."""
+    model, processor, items = loaded
+    completions = completions_of(model, LENGTHS)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def run(shared_prefix):
+        logps, _, mask = vlm.completion_logps(model, vlm.encode(model, processor, items), completions, 1.0, shared_prefix)
+        return logps.detach(), loss_and_gradients(model, logps, mask)[1]
+
+    try:
+        model.bfloat16()  # bf16 weights, then the same numbers in fp32
+        rounded = {name: value.clone() for name, value in model.state_dict().items()}
+        shared, plain = run(True), run(False)
+        model.float().load_state_dict(rounded)
+        exact = run(False)
+    finally:
+        model.float().load_state_dict(weights)
+        model.zero_grad()
+    for what, ours, theirs, truth in zip(("log-probs", "gradients"), shared, plain, exact):
+        print(f"bf16 {what}: shared {off(ours, truth):.1e}, plain {off(theirs, truth):.1e} from fp32; {off(ours, theirs):.1e} apart")
+        assert off(ours, truth) <= 2 * off(theirs, truth)
+
+
+def test_head_and_loss_in_one_equal_autograd(monkeypatch):
+    """Chunks of 4 of 11 tokens; float64, so the finite differences of gradcheck mean something."""
+    monkeypatch.setattr(vlm, "HEAD_CHUNK", 4)
+    torch.manual_seed(0)
+    weight, targets = torch.randn(17, 6, dtype=torch.float64), torch.randint(17, (11,))
+    hidden = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
+    logps, entropy = vlm.TokenLogps.apply(hidden.float(), weight.float(), targets, 0.7)
+    expected = (hidden @ weight.T / 0.7).log_softmax(-1)
+    slope = torch.randn(11, dtype=torch.float64)
+    ours = torch.autograd.grad(logps @ slope.float(), hidden)[0]
+    theirs = torch.autograd.grad(expected.gather(1, targets[:, None])[:, 0] @ slope, hidden)[0]
+    assert off(logps, expected.gather(1, targets[:, None])[:, 0]) < 1e-6 and off(ours, theirs) < 1e-6
+    assert off(entropy, -(expected.exp() * expected).sum(-1)) < 1e-6 and not entropy.requires_grad
+
+
+def test_the_vocabulary_is_never_wider_than_a_chunk(loaded, monkeypatch):
+    model, processor, items = loaded
+    monkeypatch.setattr(vlm, "HEAD_CHUNK", 8)
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.ndim and out.shape[-1] == decoder_config(model).vocab_size:
+                seen.append(out.numel() // out.shape[-1])
+            return out
+
+    completions = completions_of(model, LENGTHS)
+    prompts = vlm.encode(model, processor, items)
+    with Watch():
+        logps, _, mask = vlm.completion_logps(model, prompts, completions)
+        loss_and_gradients(model, logps, mask)
+    rows = [n for n in seen if n != decoder_config(model).hidden_size]  # the head's own weight, transposed
+    assert rows and max(rows) <= 8
+
+
+def test_reference_and_policy_start_bitwise_equal(loaded):
+    model, processor, items = loaded
+    prompts, completions = vlm.encode(model, processor, items), completions_of(model, LENGTHS)
+    model.train()
+    policy, _, _ = vlm.completion_logps(model, prompts, completions)
+    model.eval()
+    with torch.no_grad():
+        again, _, _ = vlm.completion_logps(model, prompts, completions)
+    assert policy.requires_grad and torch.equal(policy, again)
+
+
+# ------------------------------------------------------------------------------------------------ sampling
+
+
+def test_greedy_tokens_equal_generate(loaded, tiny):
+    """Four rows of two prompts of different length, LoRA on, against `generate` of a plain transformers model."""
+    model, processor, items = loaded
+    items = [*items, items[1], items[0]]
+    ours = vlm.generate(model, processor, items, n=2, max_new_tokens=80, temperature=0.0)
+    config = decoder_config(model)
+    try:
+        config._attn_implementation = "sdpa"
+        for (text, image), samples in zip(items, ours):
+            content = [{"type": "image"}, {"type": "text", "text": text}]
+            chat = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
+            inputs = processor(text=[chat], images=[common.load_image(image)], return_tensors="pt")
+            plain = dict(do_sample=False, suppress_tokens=vlm.image_ids(model), repetition_penalty=1.0, temperature=None)
+            expected = model.generate(**inputs, max_new_tokens=80, **plain)[0, inputs["input_ids"].shape[1] :].tolist()
+            assert [sample.ids for sample in samples] == [expected, expected]
+    finally:
+        config._attn_implementation = vlm.SHARED_PREFIX
+
+
+def test_sampled_tokens_equal_a_loop_without_cache(loaded, monkeypatch):
+    """Ragged ends: many ids stop a response, so rows and whole prompts leave the batch at different steps."""
+    model, processor, items = loaded
+    monkeypatch.setattr(vlm.Decoding, "GROW", 4)
+    monkeypatch.setattr(vlm, "stop_ids", lambda *_: list(range(0, 120)))
+    prompts = vlm.encode(model, processor, [*items, items[0]])
+    groups = vlm.sample(model, processor, prompts, 4, 20, 1.0, keys=["a", "b", "c"])
+    lengths = {len(sample.ids) for group in groups for sample in group}
+    assert len(lengths) > 3 and all(s.finished == (s.ids[-1] < 120) for group in groups for s in group)
+    base = vlm._base(model)
+    for prompt, key, group in zip(prompts, "abc", groups):
+        noise = vlm.uniforms(4, 20, key)
+        for row, sample in enumerate(group):
+            for step, token in enumerate(sample.ids):
+                embeds = torch.cat([prompt.embeds, base.get_input_embeddings()(torch.tensor(sample.ids[:step], dtype=torch.long))])
+                positions = torch.cat([prompt.positions, vlm._positions(prompt, step)], 1)[None]
+                with torch.no_grad():
+                    hidden = base.model.language_model(inputs_embeds=embeds[None], position_ids=vlm._as_rope(positions), use_cache=False)
+                    logits = base.lm_head(hidden.last_hidden_state[:, -1])
+                logits[:, vlm.image_ids(model)] = -torch.inf
+                assert vlm._draw(logits, 1.0, 1.0, noise[row : row + 1, step]).item() == token
+
+
+def test_sampling_leaves_the_model_as_it_was(loaded):
+    model, processor, items = loaded
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    vlm.sample(model, processor, vlm.encode(model, processor, items), 2, 4, 1.0)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_disabled_adapter_samples_the_base(loaded, tiny):
+    model, processor, items = loaded
+    plain, _ = vlm.load(str(tiny(vlm._base(model).config.model_type)))
+    with model.disable_adapter():
+        ours = vlm.generate(model, processor, items, max_new_tokens=12, temperature=0.0)
+    theirs = vlm.generate(plain, processor, items, max_new_tokens=12, temperature=0.0)
+    assert [s.ids for [s] in ours] == [s.ids for [s] in theirs]

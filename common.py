@@ -1075,13 +1075,16 @@ class AppendFile:
             {**job.row, "candidate": k, "status": choice.status, "response": choice.text, **told, "finish_reason": choice.finish_reason}
             for k, choice in enumerate(reply.choices[: job.n - first], first)
         ]
-        data = "".join(jsonl_line(finish({**row, **job.stamp, "key": job.key})) for row in rows).encode()
+        self.append([finish({**row, **job.stamp, "key": job.key}) for row in rows])
+        self.done[job.key] += len(rows)
+
+    def append(self, rows):
+        data = "".join(map(jsonl_line, rows)).encode()
         try:
             if self.handle.write(data) != len(data):
                 raise OSError(None, "disk full")
         except OSError as error:
             raise Stopped(f"{self.path}: cannot write ({error.strerror}): make room; the same command goes on") from None
-        self.done[job.key] += len(rows)
 
     def fail(self, job, error):
         """A failed job goes to *.errors.jsonl, written anew by each run."""
@@ -1108,8 +1111,7 @@ def ask_all(client, jobs, out, finish=lambda row: row, batch=None):
     try:
         if batch:
             raise NotImplementedError
-        else:
-            failed = asyncio.run(_ask_live(client, todo, out, finish)) if todo else 0
+        failed = asyncio.run(_ask_live(client, todo, out, finish)) if todo else 0
     except KeyboardInterrupt:
         raise Stopped("interrupted: calls in flight are lost, batches go on; run the same command to go on") from None
     if client.reason:

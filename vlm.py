@@ -43,6 +43,7 @@ from common import DIRECT_PROMPT, REASON_PROMPT, InputError, Stopped, jsonl_line
 
 PROMPTS = {"reason": REASON_PROMPT, "direct": DIRECT_PROMPT}
 ARCHITECTURES = ("qwen2_5_vl", "llava")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"  # plain names hit the vision tower too
 SHARED_PREFIX = "shared_prefix"  # our attention, by the name that transformers knows it under
 HEAD_CHUNK = 256  # response tokens whose [256, V] logits are alive at once
@@ -692,7 +693,7 @@ def read_ds_config(args, ranks):
         raise InputError(f'--ds-config {args.ds_config}: holds "auto", which only the HF Trainer fills in: write the value')
     wanted = config.get("bf16", {}).get("enabled", False) and ranks.device.type == "cuda"
     bf16 = wanted if args.dtype == "auto" else args.dtype == "bf16"
-    return config | {"bf16": {"enabled": bf16}}, torch.bfloat16 if bf16 else torch.float32
+    return config | {"bf16": {"enabled": bf16}}, DTYPES["bf16" if bf16 else "fp32"]
 
 
 def make_engine(model, args, config, micro_steps):

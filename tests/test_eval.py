@@ -396,7 +396,9 @@ class FakeVlm(types.SimpleNamespace):
 
     def __init__(self, ranks=(0,), dies_at=None, own="reason"):
         meeting, values = threading.Barrier(len(ranks), timeout=60), [None] * len(ranks)
-        super().__init__(torch=torch, dies_at=dies_at, own=own, items=[], loaded=[], calls=[])
+        super().__init__(
+            torch=torch, DTYPES={"bf16": torch.bfloat16, "fp32": torch.float32}, dies_at=dies_at, own=own, items=[], loaded=[], calls=[]
+        )
         self.ranks = iter([FakeRanks(rank, values, meeting) for rank in ranks])
 
     def setup(self):
@@ -614,7 +616,7 @@ def test_a_real_model_predicts_the_same_on_any_number_of_ranks(tiny, small_world
     common_args = ["--model", tiny, "--adapter", tmp_path / "adapter", "--data", small_world / "test.jsonl", "--max-new-tokens", "12"]
     sampled = [*common_args, "--samples", "3"]
     one = shell([sys.executable, "05_eval.py"], *sampled, "--out", tmp_path / "one", "--batch-rows", "3")
-    assert "5 tweets, 0 stored already, 3 responses each, direct prompt, float32" in one and "15 responses" in one
+    assert "5 tweets, 0 stored already, 3 responses each, direct prompt, fp32" in one and "15 responses" in one
     launcher = shutil.which("deepspeed", path=ENV["PATH"])
     if launcher is None:
         pytest.skip("the deepspeed launcher is not installed")

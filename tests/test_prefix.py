@@ -1,14 +1,11 @@
 """The prompt computed once: packed rows and shared caches against the plain path and against plain transformers."""
 
-import json
-import shutil
-
 import pytest
 import torch
+from conftest import ARCHITECTURES, stage
 
 import common
 import vlm
-from conftest import ARCHITECTURES, ROOT, run_script, stage
 
 LENGTHS = [[5, 1, 12], [9, 3, 2]]  # response tokens of two groups, ragged, one of length 1
 TOLERANCE = 1e-5
@@ -208,7 +205,7 @@ def test_greedy_tokens_equal_generate(loaded, tiny):
             content = [{"type": "image"}, {"type": "text", "text": text}]
             chat = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
             inputs = processor(text=[chat], images=[common.load_image(image)], return_tensors="pt")
-            plain = dict(do_sample=False, suppress_tokens=vlm.image_ids(model), repetition_penalty=1.0, temperature=None)
+            plain = {"do_sample": False, "suppress_tokens": vlm.image_ids(model), "repetition_penalty": 1.0, "temperature": None}
             expected = model.generate(**inputs, max_new_tokens=80, **plain)[0, inputs["input_ids"].shape[1] :].tolist()
             assert [sample.ids for sample in samples] == [expected, expected]
     finally:

@@ -3,7 +3,7 @@
 The child is the script: same main(args), own process group, own memory; it can be killed at any moment without harm to the next.
 One JSON request a line on stdin, one JSON answer a line on stdout.
 
-Request: {"script": "03_sft", "argv": [...], "log": FILE, "kill_at": n or null, "kill_after": seconds or null, "signal": 9, "patch": "Python text"}
+Request: {"script": "03_sft", "argv": [...], "log": FILE, "kill_at": n or null, "kill_after": seconds or null, "signal": 9, "patch": "…"}
 Answer:  {"code": exit code, or -signal, "seconds": …, "events": file operations seen in OUT}
 """
 

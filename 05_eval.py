@@ -93,8 +93,7 @@ def parse_args(argv=None):
     g.add_argument("--model", help="name or folder [paper §4: Qwen/Qwen2.5-VL-7B-Instruct, llava-hf/llava-1.5-7b-hf]")
     g.add_argument("--adapter", help="LoRA folder made by 03 or 04; absent: zero-shot")
     g.add_argument("--prompt", choices=("reason", "direct"), help="default: the adapter's own; zero-shot: direct [ours: not stated]")
-    dtypes = ("auto", "bfloat16", "float32")
-    g.add_argument("--dtype", choices=dtypes, default="auto", help="auto: bfloat16 on a GPU, float32 on CPU [ours: not stated]")
+    g.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on a GPU, fp32 on CPU [ours: not stated]")
     g = p.add_argument_group("sampling")
     g.add_argument("--samples", type=int, default=1, help="responses per tweet, 100 in Figure 5 [paper §4]")
     g.add_argument("--top-p", type=float, default=1.0, help="[ours: not stated, so none]")
@@ -111,7 +110,7 @@ def parse_args(argv=None):
     common.add_api_arguments(g, g)
     g = p.add_argument_group("runtime")
     g.add_argument("--seed", type=int, default=0, help="of sampling and bootstrap [ours]")
-    g.add_argument("--local_rank", type=int, help="set by the deepspeed launcher [upstream default]")
+    g.add_argument("--local_rank", "--local-rank", type=int, help="set by the deepspeed launcher [upstream default]")
     args = p.parse_args(argv)
     stored_only = args.predictions or args.compare
     if stored_only and (args.model or args.adapter or args.prompt or args.api):
@@ -223,7 +222,7 @@ def predict(args, examples, known, out):
         print(f"note: the adapter was trained with the {own} prompt, --prompt {prompt} overrides it")
     template = common.REASON_PROMPT if prompt == "reason" else common.DIRECT_PROMPT
     settings = {name: getattr(args, name) for name in ("model", "samples", "temperature", "top_p", "max_new_tokens", "seed")}
-    settings["dtype"] = args.dtype if args.dtype != "auto" else "float32" if ranks.device.type == "cpu" else "bfloat16"
+    settings["dtype"] = args.dtype if args.dtype != "auto" else "fp32" if ranks.device.type == "cpu" else "bf16"
     settings["adapter"] = adapter_hash(args.adapter) if args.adapter else None
     settings["prompt"] = hashlib.sha256(template.encode()).hexdigest()[:16]
 
@@ -241,7 +240,7 @@ def predict(args, examples, known, out):
             old = sum(e.id in done for e in examples)
             print(f"{len(examples)} tweets, {old} stored already, {args.samples} responses each, {prompt} prompt, {settings['dtype']}")
         if todo:
-            model, processor = vlm.load(args.model, getattr(vlm.torch, settings["dtype"]), ranks.device)
+            model, processor = vlm.load(args.model, vlm.torch.bfloat16 if settings["dtype"] == "bf16" else vlm.torch.float32, ranks.device)
             model = vlm.load_adapter(model, args.adapter) if args.adapter else model
             sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p}
             part, size = out / f"predictions.rank{ranks.rank}.jsonl", max(1, args.batch_rows // args.samples)

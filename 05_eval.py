@@ -280,7 +280,7 @@ def ask(args, examples, known, out):
         stored(out, known, settings)
         file = stack.enter_context(common.AppendFile(path))
         for number, row in common.read_jsonl(path):
-            if row["id"] in jobs and row["key"] != jobs[row["id"]].stamp["key"]:
+            if row["id"] in jobs and row["key"] != jobs[row["id"]].key:
                 raise InputError(
                     f"{path}:{number}: answers another prompt, image or model than this command: use another --out, or --fresh"
                 )

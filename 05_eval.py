@@ -93,8 +93,7 @@ def parse_args(argv=None):
     g.add_argument("--model", help="name or folder [paper §4: Qwen/Qwen2.5-VL-7B-Instruct, llava-hf/llava-1.5-7b-hf]")
     g.add_argument("--adapter", help="LoRA folder made by 03 or 04; absent: zero-shot")
     g.add_argument("--prompt", choices=("reason", "direct"), help="default: the adapter's own; zero-shot: direct [ours: not stated]")
-    dtypes = ("auto", "bf16", "fp32")
-    g.add_argument("--dtype", choices=dtypes, default="auto", help="auto: bf16 on a GPU, fp32 on CPU [ours: not stated]")
+    g.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on a GPU, fp32 on CPU [ours: not stated]")
     g = p.add_argument_group("sampling")
     g.add_argument("--samples", type=int, default=1, help="responses per tweet, 100 in Figure 5 [paper §4]")
     g.add_argument("--top-p", type=float, default=1.0, help="[ours: not stated, so none]")
@@ -111,7 +110,7 @@ def parse_args(argv=None):
     common.add_api_arguments(g, g)
     g = p.add_argument_group("runtime")
     g.add_argument("--seed", type=int, default=0, help="of sampling and bootstrap [ours]")
-    g.add_argument("--local_rank", type=int, help="set by the deepspeed launcher [upstream default]")
+    g.add_argument("--local_rank", "--local-rank", type=int, help="set by the deepspeed launcher [upstream default]")
     args = p.parse_args(argv)
     stored_only = args.predictions or args.compare
     if stored_only and (args.model or args.adapter or args.prompt or args.api):
@@ -281,7 +280,7 @@ def ask(args, examples, known, out):
         stored(out, known, settings)
         file = stack.enter_context(common.AppendFile(path))
         for number, row in common.read_jsonl(path):
-            if row["id"] in jobs and row["key"] != jobs[row["id"]].stamp["key"]:
+            if row["id"] in jobs and row["key"] != jobs[row["id"]].key:
                 raise InputError(
                     f"{path}:{number}: answers another prompt, image or model than this command: use another --out, or --fresh"
                 )

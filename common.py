@@ -1066,8 +1066,17 @@ class AppendFile:
             self.handle.truncate(size - len(torn))
             print(f"{self.path}: cut a torn last line of {len(torn)} bytes", file=sys.stderr)
 
+    def append(self, rows):
+        """One write a call: a kill leaves whole lines and at most one torn one."""
+        data = "".join(map(jsonl_line, rows)).encode()
+        try:
+            if self.handle.write(data) != len(data):
+                raise OSError(None, "disk full")
+        except OSError as error:
+            raise Stopped(f"{self.path}: cannot write ({error.strerror}): make room; the same command goes on") from None
+
     def add(self, client, job, reply, finish):
-        """One row a choice still wanted, in one write: a kill leaves whole lines and at most one torn one."""
+        """One row a choice still wanted, in one write."""
         cost, first = client.cost(reply.usage or estimate([job], 300)), self.done[job.key]
         client.spent, client.called, client.calls = client.spent + cost, client.called + cost, client.calls + 1
         told = {"model_answered": reply.model, "usage": reply.usage and {**reply.usage, "choices": len(reply.choices)}}
@@ -1075,16 +1084,8 @@ class AppendFile:
             {**job.row, "candidate": k, "status": choice.status, "response": choice.text, **told, "finish_reason": choice.finish_reason}
             for k, choice in enumerate(reply.choices[: job.n - first], first)
         ]
-        self.append([finish({**row, **job.stamp, "key": job.key}) for row in rows])
+        self.append(finish({**row, **job.stamp, "key": job.key}) for row in rows)
         self.done[job.key] += len(rows)
-
-    def append(self, rows):
-        data = "".join(map(jsonl_line, rows)).encode()
-        try:
-            if self.handle.write(data) != len(data):
-                raise OSError(None, "disk full")
-        except OSError as error:
-            raise Stopped(f"{self.path}: cannot write ({error.strerror}): make room; the same command goes on") from None
 
     def fail(self, job, error):
         """A failed job goes to *.errors.jsonl, written anew by each run."""

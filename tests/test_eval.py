@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -620,7 +621,18 @@ def test_a_real_model_predicts_the_same_on_any_number_of_ranks(tiny, small_world
     launcher = shutil.which("deepspeed", path=ENV["PATH"])
     if launcher is None:
         pytest.skip("the deepspeed launcher is not installed")
-    shell([launcher, "--num_gpus", "2", "05_eval.py"], *sampled, "--out", tmp_path / "two", "--batch-rows", "6", "--report")
+    with socket.socket() as probe:  # not the launcher's default, which another run on this machine may hold
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shell(
+        [launcher, "--num_gpus", "2", "--master_port", port, "05_eval.py"],
+        *sampled,
+        "--out",
+        tmp_path / "two",
+        "--batch-rows",
+        "6",
+        "--report",
+    )
     assert texts(tmp_path / "one") == texts(tmp_path / "two")
     assert len({text for answers in texts(tmp_path / "one").values() for text in answers}) > 10  # sampled, not one text for all
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [

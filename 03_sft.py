@@ -2,15 +2,15 @@
 
 Deviations and decisions
 1. LoRA sits on every linear layer of the language model; the paper gives rank and alpha only.
-2. The loss is the mean over all response tokens of the whole batch, over ranks and micro-steps too, so that the number of ranks does not change it.
+2. The loss is the mean over all response tokens of the whole batch, over ranks and micro-steps too: the number of ranks does not change it.
 3. Batches run on over the end of an epoch: no row is dropped.
 
     deepspeed --num_gpus 1 03_sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --data sft.jsonl --val val.json --image-dir img --out runs/sft
     deepspeed 03_sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --data sft.jsonl --val val.json --image-dir img --out runs/sft    # all GPUs
     deepspeed 03_sft.py … --target answer --epochs 20 --data train.json --out runs/sft-answer                                # SFT baseline
-    python 03_sft.py --model runs/tiny --data sft.jsonl --out runs/sft --lora-rank 8 --lora-alpha 16                         # CPU, tiny model
+    python 03_sft.py --model runs/tiny --data sft.jsonl --out runs/sft --lora-rank 8 --lora-alpha 16                       # CPU, tiny model
 
-Reads:  --data  {"id": "a", "text": "…", "image": "img/a.jpg", "quintuples": [["A", "per", "B", "org", "member of"]], "cot": "Image Description: …"}
+Reads:  --data  {"id": "a", "text": "…", "image": "img/a.jpg", "quintuples": [["A", "per", "B", "org", "peer"]], "cot": "Image …"}
 Writes: OUT/best/ (PEFT adapter), OUT/last/, OUT/config.json,
         OUT/metrics.jsonl  {"step": 1, "loss": 2.1, "lr": 1e-06, "grad_norm": 3.2, "tokens": 410, "tokens_per_second": 900.0, …}
 """

@@ -4,7 +4,7 @@ Deviations and decisions
 1. One update a sampled batch, so the ratio of Eq. 6 is 1 and nothing is clipped (as in the paper); exp(logp − sg(logp)) keeps its gradient.
 2. The mean is over each response's tokens, then over the group, then over prompts; the stop id is a token of the response.
 3. A group whose rewards differ by less than 1e-6 has advantage 0; its KL still counts.
-4. The policy goes on from the SFT adapter; the reference is a frozen second copy of it. Without --adapter (Only-RL): a fresh LoRA, reference = base.
+4. The policy goes on from the SFT adapter; the reference is a frozen copy. Without --adapter (Only-RL): fresh LoRA, reference = base.
 
     deepspeed 04_grpo.py --model Qwen/Qwen2.5-VL-7B-Instruct --adapter runs/sft/best --data train.json --val val.json \\
         --image-dir img --out runs/grpo --group-size 8                                                        # all GPUs
@@ -139,7 +139,7 @@ def load_policy(args, dtype, device):
         raise common.InputError(f"--adapter {args.adapter}: trained with the direct prompt; GRPO needs 03_sft.py --target cot")
     model = vlm.load_adapter(model, args.adapter, trainable=True)
     model = vlm.load_adapter(model, args.adapter, name="reference")
-    return vlm.check_lora(model), processor
+    return vlm.no_dropout(vlm.check_lora(model)), processor  # the SFT adapter may have been trained with some
 
 
 @common.cli

@@ -186,6 +186,14 @@ def check_lora(model):
     return model
 
 
+def no_dropout(model):
+    """Dropout would move the log-probs between two passes of one policy: KL would not start at 0."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
 def save_adapter(model, processor, folder, prompt):
     """The policy's adapter as plain PEFT, with its processor and the prompt it was trained with. Whole or not at all."""
     folder = Path(folder)
@@ -672,7 +680,8 @@ class Run:
                 write_atomic(self.out / "config.json", json.dumps({**self.config, "versions": versions()}, indent=1) + "\n")
         folder = self.ranks.gather(last.resolve().name if last.exists() else None)[0]  # KEEP: rank 0 decides, file systems lag
         if folder:
-            _, self.state = engine.load_checkpoint(str(self.out), tag=folder, load_module_strict=False)
+            _, saved = engine.load_checkpoint(str(self.out), tag=folder, load_module_strict=False)
+            self.state = {name: saved[name] for name in self.state}  # DeepSpeed adds keys of its own, which it then refuses to save
             if self.ranks.main:
                 print(f"going on from step {self.state['step']} of {last}", flush=True)
         if self.ranks.main:

@@ -64,7 +64,7 @@ def command(script, inputs, out, adapter=None):
 def digest(value):
     """Of everything a saved state holds; the bytes of a pickle also tell which strings were one object."""
     if isinstance(value, torch.Tensor):
-        return f"{value.dtype}{list(value.shape)}{hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()}"
+        return f"{value.dtype}{list(value.shape)}{hashlib.sha256(value.detach().contiguous().numpy().tobytes()).hexdigest()}"
     if isinstance(value, dict):
         return {str(key): digest(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set):

@@ -140,7 +140,7 @@ def load_policy(args, dtype, device):
         raise common.InputError(f"--adapter {args.adapter}: trained with the direct prompt; GRPO needs 03_sft.py --target cot")
     model = vlm.load_adapter(model, args.adapter, trainable=True)
     model = vlm.load_adapter(model, args.adapter, name="reference")
-    return vlm.check_lora(model), processor
+    return vlm.no_dropout(vlm.check_lora(model)), processor  # the SFT adapter may have been trained with some
 
 
 @common.cli

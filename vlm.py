@@ -20,6 +20,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from PIL import Image
 from safetensors import safe_open
 from torch.nn.functional import linear, pad, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
@@ -188,6 +190,14 @@ def check_lora(model):
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trained or not all("lora_" in name and "language_model" in name for name in trained):
         raise InputError(f"LoRA must train the language model only; trainable now: {trained[:3] or 'nothing'}")
+    return model
+
+
+def no_dropout(model):
+    """Dropout would move the log-probs between two passes of one policy: KL would not start at 0."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
     return model
 
 
@@ -863,7 +873,8 @@ class Run:
                 write_atomic(self.out / "config.json", json.dumps({**self.config, "versions": versions()}, indent=1) + "\n")
         folder = self.ranks.gather(last.resolve().name if last.exists() else None)[0]  # KEEP: rank 0 decides, file systems lag
         if folder:
-            _, self.state = engine.load_checkpoint(str(self.out), tag=folder, load_module_strict=False)
+            _, saved = engine.load_checkpoint(str(self.out), tag=folder, load_module_strict=False)
+            self.state = {name: saved[name] for name in self.state}  # DeepSpeed adds keys of its own, which it then refuses to save
             if self.ranks.main:
                 print(f"going on from step {self.state['step']} of {last}", flush=True)
         if self.ranks.main:
@@ -1061,3 +1072,46 @@ def draw_curves(out):
     axes.set_xlabel("step")
     figure.savefig(out / ".curves.tmp.png")
     os.replace(out / ".curves.tmp.png", out / "curves.png")
+
+
+def merge(name, adapter, out):
+    """Write base + adapter as one model into the folder `out`, and prove it. Raises InputError where the two do not agree.
+
+    → {"difference", "effect", "tolerance", "dtype"}: largest difference of the logits of the *saved and reloaded* model from those of
+    base + adapter on a probe tweet, and of the base alone from the same, as shares of the largest logit.
+    """
+    dtype = AutoConfig.from_pretrained(name).dtype or torch.float32
+    tolerance = {torch.float32: 1e-4}.get(dtype, 5e-2)  # bf16 keeps 8 bits of each merged weight
+    model, processor = load(name, dtype)
+    model = load_adapter(model, adapter)
+    with tempfile.NamedTemporaryFile(suffix=".png") as image:
+        Image.linear_gradient("L").convert("RGB").save(image.name)
+        [prompt] = encode(model, processor, [(REASON_PROMPT.format(text="Browns Placing WR Josh Gordon On Illness List"), image.name)])
+
+    def logits(model):
+        with torch.no_grad():
+            hidden = _base(model).model.language_model(inputs_embeds=prompt.embeds[None], position_ids=_as_rope(prompt.positions[None]))
+            return _base(model).lm_head(hidden.last_hidden_state[0]).float()  # [P, V]
+
+    wanted = logits(model)
+    with model.disable_adapter():
+        effect = _distance(logits(model), wanted)
+    if effect == 0:
+        raise InputError(f"--adapter {adapter}: changes no logit of {name}: it was never trained, or belongs to another model")
+    out = Path(out)
+    if out.exists():
+        raise InputError(f"{out}: exists already: choose another folder for the merged model")
+    fresh = out.with_name(f".{out.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    model.merge_and_unload().save_pretrained(fresh)
+    processor.save_pretrained(fresh)
+    (fresh / "jmere.json").write_text(json.dumps({"prompt": adapter_prompt(adapter), "base": str(name)}) + "\n")
+    difference = _distance(logits(load(str(fresh), dtype)[0]), wanted)
+    if not difference <= tolerance:
+        raise InputError(f"{fresh}: the merged model's logits differ by {difference:.2g} of the largest, expected at most {tolerance:.0e}")
+    fresh.rename(out)
+    return {"difference": difference, "effect": effect, "tolerance": tolerance, "dtype": str(dtype).removeprefix("torch.")}
+
+
+def _distance(found, wanted):
+    return ((found - wanted).abs().max() / wanted.abs().max()).item()

@@ -3,7 +3,8 @@
 The child is the script: same main(args), own process group, own memory; it can be killed at any moment without harm to the next.
 One JSON request a line on stdin, one JSON answer a line on stdout.
 
-Request: {"script": "03_sft", "argv": [...], "log": FILE, "kill_at": n or null, "kill_after": seconds or null, "signal": 9, "patch": "…"}
+Request: {"script": "03_sft", "argv": [...], "log": FILE, and if wanted "kill_at": n-th file operation in OUT, "kill_after": seconds,
+          "signal": 9, "patch": Python text that the child runs first}
 Answer:  {"code": exit code, or -signal, "seconds": …, "events": file operations seen in OUT}
 """
 
@@ -25,7 +26,12 @@ class Zygote:
     """The other end: start one, ask it for runs."""
 
     def __init__(self):
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        env = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        }
         command = [sys.executable, __file__]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env)
         assert self.process.stdout.readline() == "ready\n"
@@ -85,17 +91,23 @@ def serve():
     answers = os.fdopen(os.dup(1), "w")  # libraries print to stdout too
     os.dup2(2, 1)
     sys.path.insert(0, str(ROOT))
-    for name in ("deepspeed", "vlm", "03_sft", "04_grpo", "peft", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+    qwen = "transformers.models.qwen2_5_vl"
+    heavy = ("deepspeed.runtime.zero.muon.muon_optimizer", "matplotlib.figure", "matplotlib.backends.backend_agg")  # Muon: all of Inductor
+    for name in ("deepspeed", "vlm", "03_sft", "04_grpo", f"{qwen}.modeling_qwen2_5_vl", f"{qwen}.processing_qwen2_5_vl", *heavy):
         importlib.import_module(name)
+    from deepspeed.comm.torch import build_shm_op
+
+    build_shm_op()  # compiled once, loaded once
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         request, began = json.loads(line), time.monotonic()
         pid = os.fork()
         if pid == 0:
             child(request)
-        _, status = os.waitpid(pid, 0)
+        _, status, usage = os.wait4(pid, 0)
         events = Path(f"{request['log']}.events")
         answer = {"code": os.waitstatus_to_exitcode(status), "seconds": round(time.monotonic() - began, 2)}
+        answer["cpu"] = round(usage.ru_utime + usage.ru_stime, 2)
         print(json.dumps(answer | {"events": int(events.read_text() or 0)}), file=answers, flush=True)
 
 

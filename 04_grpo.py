@@ -51,6 +51,21 @@ def parse_args(argv=None):
     group.add_argument("--alpha", type=float, default=0.2, help="weight of the partial reward, Eq. 5; 0 is the ablation [paper App. A]")
     group.add_argument("--beta", type=float, default=0.1, help="weight of the format reward, Eq. 5 [paper App. A]")
     group.add_argument("--kl-coef", type=float, default=0.01, help="λ of Eq. 7 [paper App. A]")
+    group.add_argument(
+        "--skip-constant-groups",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="leave groups of equal rewards out of the update; their KL then does not count [ours: off, as in the paper]",
+    )
+    group.add_argument(
+        "--shared-prefix",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compute each prompt once a group, not once a response: same loss and gradients [ours: on]",
+    )
+    group.add_argument(
+        "--pack-tokens", type=int, help="most tokens of a packed row; a larger group is split, to save memory [ours: no limit]"
+    )
     vlm.add_training_arguments(
         parser, epochs=30, lr=2e-6, warmup_ratio=0.0, schedule="constant", provenance="paper App. A; warm-up ours: none"
     )
@@ -120,6 +135,30 @@ def metrics_row(sums):
     return row | {"constant_groups": constant / groups, "length": tokens / n, "cut_off": cut / n}
 
 
+def pack_rows(prompt_sizes, lengths, limit=None, skip=()):
+    """Which responses go through the decoder in one row behind their prompt: [(group, [response, …])], most tokens first.
+
+    prompt_sizes [B], lengths [B][G] in tokens. limit: tokens of a row; a response that alone exceeds it still gets a row.
+    """
+    rows = []
+    for group, sizes in enumerate(lengths):
+        room = 0
+        for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]) if group not in skip else ():
+            if not rows or rows[-1][0] != group or (limit and sizes[i] > room):
+                rows.append((group, []))
+                room = (limit or 0) - prompt_sizes[group]
+            rows[-1][1].append(i)
+            room -= sizes[i]
+    return sorted(rows, key=lambda row: -prompt_sizes[row[0]] - sum(lengths[row[0]][i] for i in row[1]))
+
+
+def row_positions(rows, prompt_sizes, lengths, shared_prefix):
+    """(needed, computed) positions of a pass: each prompt and response once; and with repeated prompts and padding."""
+    sizes = [(prompt_sizes[group], [lengths[group][i] for i in row]) for group, row in rows]
+    needed = sum(prompt_sizes[group] for group in {group for group, _ in rows}) + sum(sum(row) for _, row in sizes)
+    return needed, sum(size + sum(row) if shared_prefix else len(row) * (size + max(row)) for size, row in sizes)
+
+
 # ------------------------------------------------------------------------------------------------ main
 
 
@@ -157,7 +196,7 @@ def main(args):
     run = vlm.Run(args, ranks)
     with ranks.together():
         model, processor = load_policy(args, dtype, ranks.device)
-    engine = vlm.make_engine(model, args, config, args.batch_size)  # a micro-step is one group
+    engine = vlm.make_engine(model, args, config, args.batch_size)  # a group each; 3c sets the boundary itself
 
     # 2. Sizes
     total = -(-int(len(train) * args.epochs) // batch_prompts)
@@ -191,24 +230,37 @@ def main(args):
             rewards = [[common.reward(s.text, e.quintuples, args.alpha, args.beta) for s in group] for e, group in zip(batch, samples)]
             advantages = group_advantages(torch.tensor([[r.total for r in group] for group in rewards], dtype=torch.float64))  # [B, G]
 
-        # 3c. One backward a group, one update a batch
+        # 3c. One backward a packed row, one update a batch
+        sizes, lengths = [len(prompt.embeds) for prompt in prompts], [[len(s.ids) for s in group] for group in samples]
+        constant = {group for group, values in enumerate(advantages.tolist()) if not any(values)}
+        rows = pack_rows(sizes, lengths, args.pack_tokens, constant if args.skip_constant_groups else ())
+        micro_steps = max(1, *ranks.gather(len(rows)))  # KEEP: as many backward passes on every rank, or they wait for each other for ever
         losses, kls, entropies = 0.0, 0.0, 0.0
-        for prompt, group, advantage in zip(prompts, samples, advantages.to(ranks.device)):
-            ids = [[s.ids for s in group]]
-            with torch.no_grad(), vlm.reference(model):
-                ref_logps, _, _ = vlm.completion_logps(model, [prompt], ids, args.temperature)  # [G, C]
-            model.train()
-            logps, entropy, mask = vlm.completion_logps(model, [prompt], ids, args.temperature)  # [G, C]
-            model.eval()
-            loss, metrics = grpo_loss(logps, ref_logps, advantage, mask, args.kl_coef)
-            engine.backward(loss)  # DeepSpeed takes the mean over the B micro-steps and the ranks
+        for micro in range(micro_steps):
+            engine.set_gradient_accumulation_boundary(micro == micro_steps - 1)
+            if micro < len(rows):
+                group, row = rows[micro]
+                ids, share = [[samples[group][i].ids for i in row]], len(row) / args.group_size
+                with torch.no_grad(), vlm.reference(model):
+                    ref_logps, _, _ = vlm.completion_logps(model, prompts[group : group + 1], ids, args.temperature, args.shared_prefix)
+                model.train()
+                logps, entropy, mask = vlm.completion_logps(model, prompts[group : group + 1], ids, args.temperature, args.shared_prefix)
+                model.eval()
+                loss, metrics = grpo_loss(logps, ref_logps, advantages[group, row].to(ranks.device), mask, args.kl_coef)  # [row, C]
+                engine.backward(loss * share)  # DeepSpeed divides by --batch-size and the ranks: the mean over groups
+                losses, kls = losses + loss.item() * share, kls + metrics["kl"] * share
+                entropies += entropy.sum().item()
+            else:
+                engine.backward(vlm.zero_loss(model))
             engine.step()
-            losses, kls, entropies = losses + loss.item(), kls + metrics["kl"], entropies + (entropy.sum() / mask.sum()).item()
 
         # 4. Log
-        sums = ranks.sum(losses, kls, entropies, *summarise(rewards, samples))
-        loss, kl, entropy = (value / batch_prompts for value in sums[:3])
-        grad_norm, row = float(engine.get_global_grad_norm()), metrics_row(sums[3:])
+        counts = (len({group for group, _ in rows}), sum(lengths[group][i] for group, row in rows for i in row))
+        sums = ranks.sum(losses, kls, entropies, *counts, *row_positions(rows, sizes, lengths, args.shared_prefix))
+        loss, kl, entropy = sums[0] / batch_prompts, sums[1] / max(1, sums[3]), sums[2] / max(1, sums[4])
+        waste = 1 - sums[5] / max(1, sums[6])
+        sums = ranks.sum(*summarise(rewards, samples))
+        grad_norm, row = float(engine.get_global_grad_norm()), metrics_row(sums)
         drawn = [
             {"step": step + 1, "id": e.id, "response": s.text, "finished": s.finished, **r._asdict(), "advantage": a}
             for e, group, parts, scale in zip(batch, samples, rewards, advantages.tolist())
@@ -219,7 +271,7 @@ def main(args):
             run.fail(f"KL is {kl:.3g} before the first update, expected 0: policy and reference start apart (dropout? other adapter?)")
         seconds = time.perf_counter() - began
         row = {"step": step + 1, "epoch": round((step + 1) * batch_prompts / len(train), 4), **row}
-        row |= {"kl": kl, "loss": loss, "entropy": entropy, "lr": lr, "grad_norm": grad_norm, "seconds": round(seconds, 3)}
+        row |= {"kl": kl, "loss": loss, "entropy": entropy, "lr": lr, "grad_norm": grad_norm, "waste": waste, "seconds": round(seconds, 3)}
         row |= {"sampling_seconds": round(sampled - began, 3), "tokens_per_second": round(sums[-2] / seconds, 1)}
         row |= {"peak_memory_mib": round(vlm.peak_memory())}
         if (step + 1) % args.log_samples_every == 0 or step == 0:

@@ -617,6 +617,11 @@ def _hidden_plain(base, prompts, completions):
     return hidden.flatten(0, 1)[torch.cat(index)]  # [N·L, D] → [T, D]
 
 
+def zero_loss(model):
+    """0 with a graph to every trainable parameter, for a rank that has nothing to add while the others do."""
+    return sum(parameter.sum() for parameter in model.parameters() if parameter.requires_grad) * 0.0
+
+
 class TokenLogps(torch.autograd.Function):
     """Head and log-softmax in one: hidden [T, D], weight [V, D], targets [T] → logps [T], entropy [T] (no graph), fp32.
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, stage
+from conftest import ARCHITECTURES, ROOT, run_script, stage
 
 import common
 import vlm
@@ -250,3 +250,78 @@ def test_a_disabled_adapter_samples_the_base(loaded, tiny):
         ours = vlm.generate(model, processor, items, max_new_tokens=12, temperature=0.0)
     theirs = vlm.generate(plain, processor, items, max_new_tokens=12, temperature=0.0)
     assert [s.ids for [s] in ours] == [s.ids for [s] in theirs]
+
+
+# ------------------------------------------------------------------------------------------------ 04
+
+
+def test_pack_rows_by_hand():
+    grpo, sizes, lengths = stage("04_grpo"), [10, 4], [[5, 1, 12], [9, 3, 2]]
+    assert grpo.pack_rows(sizes, lengths) == [(0, [2, 0, 1]), (1, [0, 1, 2])]  # 28 and 18 tokens
+    assert grpo.pack_rows(sizes, lengths, limit=16) == [(0, [2]), (0, [0, 1]), (1, [0, 1]), (1, [2])]  # 22, 16, 16, 6
+    assert grpo.pack_rows(sizes, lengths, skip={0}) == [(1, [0, 1, 2])] and grpo.pack_rows(sizes, lengths, skip={0, 1}) == []
+    rows = grpo.pack_rows(sizes, lengths, limit=16)
+    assert grpo.row_positions(rows, sizes, lengths, True) == (10 + 4 + 32, 22 + 16 + 16 + 6)
+    assert grpo.row_positions(grpo.pack_rows(sizes, lengths), sizes, lengths, True) == (46, 46)
+    assert grpo.row_positions(grpo.pack_rows(sizes, lengths), sizes, lengths, False) == (46, 3 * 22 + 3 * 13)
+
+
+def test_split_group_has_the_gradient_of_the_whole(loaded):
+    model, processor, items = loaded
+    grpo, lengths = stage("04_grpo"), LENGTHS[0]
+    [ids], prompts = completions_of(model, [lengths]), vlm.encode(model, processor, items[:1])
+    ref_logps, advantages = -torch.rand(3, 12) - 5, torch.tensor([1.0, -2.0, 0.5])
+
+    def gradient(limit):
+        model.zero_grad()
+        total, rows = 0.0, grpo.pack_rows([len(prompts[0].embeds)], [lengths], limit)
+        for _, row in rows:
+            logps, _, mask = vlm.completion_logps(model, prompts, [[ids[i] for i in row]])
+            loss, _ = grpo.grpo_loss(logps, ref_logps[row, : logps.shape[1]], advantages[row], mask, 0.1)
+            (loss * len(row) / 3).backward()
+            total += loss.item() * len(row) / 3
+        return len(rows), total, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+    one, loss, whole = gradient(None)
+    two, split_loss, split = gradient(len(prompts[0].embeds) + 12)
+    assert (one, two) == (1, 2) and off(split, whole) <= TOLERANCE and abs(split_loss - loss) <= TOLERANCE * abs(loss)
+
+
+REWARDS = """
+import importlib, sys
+sys.path.insert(0, {root!r})
+import common
+grpo = importlib.import_module("04_grpo")
+def reward(text, gold, alpha, beta):  # differs within every group but one
+    total = 0.5 if str(gold) == {constant!r} else sum(map(ord, text)) % 7 / 7
+    return real(text, gold, alpha, beta)._replace(total=total)
+real, common.reward = common.reward, reward
+sys.exit(grpo.main(grpo.parse_args()))
+"""
+
+
+def test_every_way_to_compute_an_update_gives_the_same(tiny, world, tmp_path):
+    """Shared, plain, and on two ranks split into rows with the constant group left out, so that one rank has more to do."""
+    constant = str(common.load_examples(world / "train.jsonl")[0].quintuples)
+    (tmp_path / "grpo.py").write_text(REWARDS.format(root=str(ROOT), constant=constant))
+    data = ("--model", tiny("qwen2_5_vl"), "--data", world / "train.jsonl", "--limit", 4, "--epochs", 1, "--lora-rank", 4)
+    ways = {
+        "shared": (("--batch-size", 4), None),
+        "plain": (("--batch-size", 4, "--no-shared-prefix"), None),
+        "split": (("--batch-size", 2, "--skip-constant-groups", "--pack-tokens", 150, "--gradient-checkpointing"), 2),
+    }
+    rows = {}
+    for name, (options, ranks) in ways.items():
+        out = tmp_path / name
+        run_script(tmp_path / "grpo.py", *data, "--group-size", 3, "--max-new-tokens", 8, *options, "--out", out, ranks=ranks)
+        [rows[name]] = [row for _, row in common.read_jsonl(out / "metrics.jsonl")]
+    first = rows["shared"]
+    assert (
+        first["grad_norm"] > 0
+        and first["constant_groups"] == 0.25
+        and first["waste"] == 0 < min(rows[n]["waste"] for n in ("plain", "split"))
+    )
+    for row in rows.values():
+        assert row["kl"] == 0 and row["constant_groups"] == 0.25
+        assert row["grad_norm"] == pytest.approx(first["grad_norm"], rel=TOLERANCE)
+        assert row["reward"] == pytest.approx(first["reward"], rel=1e-9)

@@ -9,6 +9,7 @@ unless given; a chain without exactly the three parts is `malformed` and never u
     export OPENAI_API_KEY=…
     python 01_distill.py --data train.json --image-dir img --out cot.jsonl --price 2.5 10 --dry-run
     python 01_distill.py --data train.json --image-dir img --out cot.jsonl --price 2.5 10 --budget 60
+    python 01_distill.py --data train.json --image-dir img --out cot.jsonl --batch submit   # a day later: --batch collect
     python 01_distill.py --data train.jsonl --out cot.jsonl --base-url http://127.0.0.1:8000/v1 --model tiny
 
 Killed or stopped, the same command goes on and pays for nothing twice but the calls then in flight.
@@ -104,7 +105,7 @@ def main(args):
     with common.AppendFile(args.out) as out:
         check_same_run(args.out, jobs)
         try:
-            failed = common.ask_all(client, jobs, out, finish)
+            failed = common.ask_all(client, jobs, out, finish, args.batch)
         finally:
             stages, reasons = funnel(args.out, jobs)
             common.print_funnel(stages, reasons)

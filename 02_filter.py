@@ -10,6 +10,7 @@ labels ("the given quintuples") is rejected before anything is paid for it; `--h
     python 02_filter.py --cot cot.jsonl --out sft.jsonl --price 2.5 10 --dry-run
     python 02_filter.py --cot cot.jsonl --out sft.jsonl
     python 02_filter.py --cot cot.jsonl --out ablation.jsonl --no-score             # Table 2
+    python 02_filter.py --cot cot.jsonl --out sft.jsonl --batch submit             # a day later: --batch collect (both passes)
     python 02_filter.py --cot cot.jsonl --out sft.jsonl --base-url http://127.0.0.1:8000/v1 --judge-model other
 
 Both filters keep their answers in append-only files: another threshold or seed costs nothing, a killed run goes on.
@@ -124,15 +125,15 @@ def judge_scores(row, threshold):
     return scores, None if Fraction(sum(scores), sum(POINTS)) >= threshold else "score: below the threshold"
 
 
-def ask(client, candidates, prompts, path, title, dry_run):
+def ask(client, candidates, prompts, path, title, args):
     """One call a candidate → ({(id, candidate): its answer row}, number failed). Answers already in `path` cost nothing."""
     names = [name_of(candidate) for candidate in candidates]
     jobs = [client.job({"id": f"{id}#{k}"}, prompt, candidate.image) for (id, k), prompt, candidate in zip(names, prompts, candidates)]
-    if dry_run:
+    if args.dry_run:
         common.print_estimate(client, jobs, 60, title)
         return {}, 0
     with common.AppendFile(path) as out:
-        failed = common.ask_all(client, jobs, out)
+        failed = common.ask_all(client, jobs, out, batch=args.batch)
         answers = {row["key"]: row for _, row in common.read_jsonl(path)}
     return {name: answers[job.key] for name, job in zip(names, jobs) if job.key in answers}, failed
 
@@ -186,7 +187,9 @@ def main(args):
     if not args.no_reprediction:
         cots = [hide_answer(c.row["cot"], c.quintuples) if args.hide_answer else c.row["cot"] for c in alive]
         prompts = [common.REPREDICT_PROMPT.format(text=c.text, cot=cot) for c, cot in zip(alive, cots)]
-        answers, failed = ask(client, alive, prompts, out.with_suffix(".reprediction.jsonl"), "re-prediction", args.dry_run)
+        answers, failed = ask(client, alive, prompts, out.with_suffix(".reprediction.jsonl"), "re-prediction", args)
+        if args.batch == "submit" and len(answers) < len(alive):
+            return 0  # --batch collect goes on from here
         verdicts = [judge_prediction(answers.get(name_of(c)), c.quintuples) for c in alive]
         extra = {name_of(c): {"repredicted": pred} for c, (pred, _) in zip(alive, verdicts)}
         if not args.dry_run:
@@ -196,7 +199,9 @@ def main(args):
     if not args.no_score:
         judge.spent = client.spent  # one budget for both
         prompts = [common.SCORE_PROMPT.format(text=c.text, cot=c.row["cot"]) for c in alive]
-        answers, more = ask(judge, alive, prompts, out.with_suffix(".score.jsonl"), "score, at most", args.dry_run)
+        answers, more = ask(judge, alive, prompts, out.with_suffix(".score.jsonl"), "score, at most", args)
+        if args.batch == "submit" and len(answers) < len(alive):
+            return 0
         failed += more
         verdicts = [judge_scores(answers.get(name_of(c)), args.threshold) for c in alive]
         for candidate, (scores, _) in zip(alive, verdicts):

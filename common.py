@@ -20,6 +20,7 @@ import random
 import re
 import signal
 import sys
+import tempfile
 import time
 import unicodedata
 from collections import Counter
@@ -793,6 +794,7 @@ def add_api_arguments(model, runtime):
     runtime.add_argument("--timeout", type=float, default=180.0, help="seconds a call may take, wall clock [ours: 5 chains need 30]")
     runtime.add_argument("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="dollars per million tokens [ours: prices change]")
     runtime.add_argument("--budget", type=float, help="stop before so many dollars, earlier runs on this output included [ours: no limit]")
+    runtime.add_argument("--batch", choices=("submit", "collect"), help="Batch API: give its own --price [ours: half the price]")
     runtime.add_argument("--limit", type=int, help="only the first so many examples [ours: to try things]")
     runtime.add_argument("--dry-run", action="store_true", help="print calls, tokens and dollars, and ask nothing [ours: look first]")
 
@@ -820,6 +822,7 @@ class ChatClient:
 
     tries = 6  # of one call, 429 not counted
     backoff = 0.5  # seconds before the second try, doubled each time, with jitter
+    poll = float(os.environ.get("JMERE_POLL", "60"))  # seconds between two looks at a batch
     patience = 1800.0  # longest time without an answer because of 429 alone
 
     def __init__(self, model, base_url=None, concurrency=16, timeout=180.0, price=None, budget=None, params=None):
@@ -1107,7 +1110,7 @@ def ask_all(client, jobs, out, finish=lambda row: row, batch=None):
     errors.unlink(missing_ok=True)
     try:
         if batch:
-            raise NotImplementedError
+            failed = _ask_batches(client, todo, out, finish, batch == "collect")
         else:
             failed = asyncio.run(_ask_live(client, todo, out, finish)) if todo else 0
     except KeyboardInterrupt:
@@ -1165,6 +1168,105 @@ async def _ask_live(client, todo, out, finish):
         with tqdm(total=len(todo), desc=out.path.name, unit="job", mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
             await asyncio.gather(*(work() for _ in range(min(client.concurrency, len(todo)))))
     return tally["failed"]
+
+
+BATCH_LIMITS = (50_000, 200_000_000)  # requests and bytes a file, of OpenAI's Batch API
+
+
+def _ask_batches(client, todo, out, finish, collect):
+    """The Batch API, at half the price: submit what is missing; with `collect`, wait, read, and submit again what did not come.
+
+    *.batches.json holds [{"file", "batch", "keys"}] of the batches not read yet. It is written before a batch is created (with
+    batch null) and after, so a run killed in between finds its batch by the file, and none is paid for twice.
+    """
+    import openai
+
+    client.require_key()
+    api, state = openai.OpenAI(base_url=client.base_url, max_retries=client.tries), out.path.with_suffix(".batches.json")
+    batches, jobs, rounds, failed = json.loads(state.read_text()) if state.exists() else [], {job.key: job for job in todo}, Counter(), {}
+
+    def fail(job, error):
+        failed[job.key] = error
+        out.fail(job, error)
+
+    def save():
+        write_atomic(state, json.dumps(batches))
+
+    def submit():
+        waiting = {key for batch in batches for key in batch["keys"]} | failed.keys()
+        missing = [job for job in jobs.values() if out.done[job.key] < job.n and job.key not in waiting]
+        for job in missing:
+            rounds[job.key] += 1
+            if rounds[job.key] > client.tries:
+                fail(job, f"{client.tries} batches gave no answer")
+        missing = [job for job in missing if job.key not in failed]
+        if client.budget and client.spent + client.cost(estimate(missing, 300)) > client.budget:
+            raise Stopped(f"budget: ${client.spent:.2f} of ${client.budget:g} spent, {len(missing)} requests do not fit")
+        for chunk, keys in _batch_chunks(client, missing, out, fail):
+            batches.append({"file": api.files.create(file=("batch.jsonl", chunk), purpose="batch").id, "batch": None, "keys": keys})
+            save()
+        for batch in batches:
+            if not batch["batch"]:
+                sent = [known.id for known in api.batches.list(limit=100) if known.input_file_id == batch["file"]]
+                options = {"endpoint": "/v1/chat/completions", "completion_window": "24h"}
+                batch["batch"] = sent[0] if sent else api.with_options(max_retries=0).batches.create(input_file_id=batch["file"], **options).id
+                save()
+
+    def read(file):
+        for line in api.files.content(file).iter_lines() if file else ():
+            line = json.loads(line)
+            job, response = jobs.get(line["custom_id"]), line.get("response") or {}
+            if job and out.done[job.key] < job.n:
+                try:
+                    content = json.dumps(response.get("body") or {"error": line.get("error")})
+                    reply, *_ = client.verdict(response.get("status_code"), content, "no answer", job.n - out.done[job.key])
+                    if reply:
+                        out.add(client, job, reply, finish)
+                except CallFailed as error:
+                    fail(job, error)
+
+    try:
+        submit()
+        print(f"{sum(len(batch['keys']) for batch in batches)} requests in {len(batches)} batches, see {state}", file=sys.stderr)
+        while collect and batches:
+            batch = api.batches.retrieve(batches[0]["batch"])
+            if batch.status not in ("completed", "failed", "expired", "cancelled"):
+                counts = batch.request_counts
+                print(f"{batch.id}: {batch.status}, {counts.completed if counts else 0} done", file=sys.stderr)
+                time.sleep(client.poll)
+                continue
+            read(batch.output_file_id)
+            read(batch.error_file_id)
+            del batches[0]
+            save()
+            if batch.status == "failed":
+                faults = "; ".join(fault.message or "" for fault in (batch.errors and batch.errors.data) or ())
+                raise Stopped(f"batch {batch.id} refused: {faults}; the same command sends its requests again")
+            submit()
+    except openai.OpenAIError as error:
+        raise Stopped(f"batch: {str(error)[:300]}; what was submitted is in {state}, the same command goes on") from None
+    return len(failed)
+
+
+def _batch_chunks(client, jobs, out, fail):
+    """Yield (file of request lines, their keys) within BATCH_LIMITS."""
+    keys, chunk = [], tempfile.TemporaryFile()  # noqa: SIM115, closed by going away
+    for job in jobs:
+        try:
+            body = client.body(job.prompt, job.image, job.n - out.done[job.key])
+        except CallFailed as error:
+            fail(job, error)
+            continue
+        line = b'{"custom_id":"%b","method":"POST","url":"/v1/chat/completions","body":%b}\n' % (job.key.encode(), body)
+        if keys and (len(keys) >= BATCH_LIMITS[0] or chunk.tell() + len(line) > BATCH_LIMITS[1]):
+            chunk.seek(0)
+            yield chunk, keys
+            keys, chunk = [], tempfile.TemporaryFile()  # noqa: SIM115
+        keys.append(job.key)
+        chunk.write(line)
+    if keys:
+        chunk.seek(0)
+        yield chunk, keys
 
 
 async def _announce(client):

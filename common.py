@@ -9,13 +9,16 @@ Imports neither torch nor transformers, so that 01 and 02 run on a laptop with o
 import ast
 import asyncio
 import base64
+import contextlib
 import fcntl
 import functools
 import hashlib
+import importlib.metadata
 import io
 import json
 import math
 import os
+import platform
 import random
 import re
 import signal
@@ -1209,7 +1212,9 @@ def _ask_batches(client, todo, out, finish, collect):
             if not batch["batch"]:
                 sent = [known.id for known in api.batches.list(limit=100) if known.input_file_id == batch["file"]]
                 options = {"endpoint": "/v1/chat/completions", "completion_window": "24h"}
-                batch["batch"] = sent[0] if sent else api.with_options(max_retries=0).batches.create(input_file_id=batch["file"], **options).id
+                batch["batch"] = (
+                    sent[0] if sent else api.with_options(max_retries=0).batches.create(input_file_id=batch["file"], **options).id
+                )
                 save()
 
     def read(file):
@@ -1303,10 +1308,29 @@ def print_estimate(client, jobs, completion_tokens, title):
     print(f"{title}, {client.model}: {counts}, {dollars}")
 
 
-def print_funnel(stages, reasons):
-    """Figure 7: [(stage, candidates, examples)], and why the rest left: {reason: candidates}."""
-    print(f"{'stage':<40}{'candidates':>11}{'examples':>10}")
-    for stage, candidates, examples in stages:
-        print(f"{stage:<40}{candidates:>11}{examples:>10}")
-    for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
-        print(f"  left: {reason:<32}{count:>11}")
+def report(out, stages, reasons, stats, prompts, answers):
+    """How a file came about: the funnel of Figure 7 on screen, *.stats.json, and the data card *.card.md beside it.
+
+    stages: [(stage, candidates, examples)]; reasons: {why a candidate left: how many}; answers: the append-only files paid for.
+    """
+    lines = [f"{'stage':<40}{'candidates':>11}{'examples':>10}", *(f"{stage:<40}{a:>11}{b:>10}" for stage, a, b in stages)]
+    lines += [f"  left: {reason:<32}{count:>11}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1])]
+    print("\n".join(lines))
+    stats = {"funnel": stages, "left": reasons, **stats}
+    write_atomic(Path(out).with_suffix(".stats.json"), json.dumps(stats, indent=1) + "\n")
+    models = Counter((row["model"], row["model_answered"]) for path in answers for _, row in read_jsonl(path))
+    versions = {"python": platform.python_version()}
+    for package in ("openai", "pillow"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    card = [
+        f"# {Path(out).name}\n\nMade by `{Path(sys.argv[0]).name}` on {time.strftime('%Y-%m-%d', time.gmtime())} (UTC).",
+        f"## Counts\n\n```\n{chr(10).join(lines)}\n```",
+        "## Models\n\n" + "\n".join(f"- asked {asked}, answered {told}: {n} answers" for (asked, told), n in models.items()),
+        f"## Settings and price\n\n```json\n{json.dumps({k: v for k, v in stats.items() if k not in ('funnel', 'left')}, indent=1)}\n```",
+        *(f"## Prompt: {name}\n\n````\n{prompt}\n````" for name, prompt in prompts.items()),
+        "## Versions\n\n" + ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "## Rights\n\nTexts and images are tweets, whose rights stay with their authors: no licence is stated here, and none is implied. "
+        "The reasoning is model output; the terms of the model's provider apply.",
+    ]
+    write_atomic(Path(out).with_suffix(".card.md"), "\n\n".join(card) + "\n")

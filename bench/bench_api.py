@@ -96,9 +96,7 @@ def main(args):
     if args.server:
         return asyncio.run(serve(args.latency))
     os.environ.setdefault("OPENAI_API_KEY", "bench")
-    server = subprocess.Popen(
-        [sys.executable, __file__, "--server", "--latency", str(args.latency)], stdout=subprocess.PIPE, text=True
-    )
+    server = subprocess.Popen([sys.executable, __file__, "--server", "--latency", str(args.latency)], stdout=subprocess.PIPE, text=True)
     try:
         with tempfile.TemporaryDirectory() as folder:
             print(json.dumps(bench(args, f"http://127.0.0.1:{server.stdout.readline().strip()}/v1", Path(folder))))

@@ -99,21 +99,36 @@ def test_batch_budget(tmp_path):
     assert not server.batches
 
 
-def test_both_scripts(data, monkeypatch):  # noqa: F811
+def test_refused_batch_stops_and_is_sent_again(tmp_path):
+    with FakeOpenAI(echo) as server:
+        assert ask(server, tmp_path / "o.jsonl", "submit") == 0
+        server.batches["batch-0"] |= {"status": "failed", "errors": {"data": [{"code": "token_limit_exceeded", "message": "too many"}]}}
+        with pytest.raises(common.Stopped, match="too many"):
+            ask(server, tmp_path / "o.jsonl", "collect")
+        assert ask(server, tmp_path / "o.jsonl", "collect") == 0
+    assert len(rows_of(tmp_path / "o.jsonl")) == 14
+
+
+def test_both_scripts(data):  # noqa: F811
     """01 and both passes of 02 by batches give the files that live calls give."""
-    with FakeOpenAI(teacher(scores=lambda prompt: f"Scores: R1=2 R2=2 R3=2 R4=1 R5=1 R6={'2' if 'Description: 3' in prompt else '0'}")) as server:
+
+    def scores(prompt):
+        return f"Scores: R1=2 R2=2 R3=2 R4=1 R5=1 R6={'2' if 'Description: 3' in prompt else '0'}"
+
+    with FakeOpenAI(teacher(scores=scores)) as server:
+        url, live_calls = ("--base-url", server.url), 0
+
+        def stage(*args):
+            done = run(*args, *url, JMERE_POLL="0.05")
+            assert done.returncode == 0, done.stderr
+
         for name, flags in (("live", [[]]), ("batched", [["--batch", "submit"], ["--batch", "collect"]])):
             for flag in flags:
-                args = ("--base-url", server.url, *flag)
-                done = run("01_distill.py", "--data", data / "train.jsonl", "--out", data / f"{name}.cot.jsonl", *args, JMERE_POLL="0.05")
-                assert done.returncode == 0, done.stderr
+                stage("01_distill.py", "--data", data / "train.jsonl", "--out", data / f"{name}.cot.jsonl", *flag)
             for flag in flags:
-                args = ("--base-url", server.url, *flag)
-                done = run("02_filter.py", "--cot", data / f"{name}.cot.jsonl", "--out", data / f"{name}.sft.jsonl", *args, JMERE_POLL="0.05")
-                assert done.returncode == 0, done.stderr
-                assert flag != ["--batch", "submit"] or not (data / "batched.sft.jsonl").exists()
-            if name == "live":
-                calls = len(server.requests)
-        assert len(server.requests) == calls and len(server.batches) == 3
+                stage("02_filter.py", "--cot", data / f"{name}.cot.jsonl", "--out", data / f"{name}.sft.jsonl", *flag)
+                assert "submit" not in flag or not (data / "batched.sft.jsonl").exists()
+            live_calls = live_calls or len(server.requests)
+        assert len(server.requests) == live_calls and len(server.batches) == 3
     assert rows_of(data / "live.sft.jsonl") == rows_of(data / "batched.sft.jsonl")
     assert unordered(data / "live.cot.jsonl") == unordered(data / "batched.cot.jsonl")

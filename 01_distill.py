@@ -9,13 +9,14 @@ unless given; a chain without exactly the three parts is `malformed` and never u
     export OPENAI_API_KEY=…
     python 01_distill.py --data train.json --image-dir img --out cot.jsonl --price 2.5 10 --dry-run
     python 01_distill.py --data train.json --image-dir img --out cot.jsonl --price 2.5 10 --budget 60
+    python 01_distill.py --data train.json --image-dir img --out cot.jsonl --batch submit   # a day later: --batch collect
     python 01_distill.py --data train.jsonl --out cot.jsonl --base-url http://127.0.0.1:8000/v1 --model tiny
 
 Killed or stopped, the same command goes on and pays for nothing twice but the calls then in flight.
 
 Reads:  --data, one of the formats of common.load_examples, with gold quintuples
         {"id": "tw1", "text": "Browns Placing WR Josh Gordon", "image": "tw1.jpg", "quintuples": [["Josh Gordon", "per", "Browns", "org", "member of"]]}
-Writes: --out, append-only, one row a candidate; failed calls in *.errors.jsonl, counts in *.stats.json
+Writes: --out, append-only, one row a candidate; failed calls in *.errors.jsonl, counts in *.stats.json, data card *.card.md
         {"id": "tw1", …, "candidate": 0, "cot": "Image Description: …", "status": "ok|malformed|refusal|content_filter|length", "response": "…",
          "model": "asked", "model_answered": "…", "params": {}, "prompt_hash": "…", "image_hash": "…", "usage": {…}, "finish_reason": "stop", "key": "…"}
 """  # noqa: E501
@@ -23,7 +24,6 @@ Writes: --out, append-only, one row a candidate; failed calls in *.errors.jsonl,
 import argparse
 import json
 from collections import Counter
-from pathlib import Path
 
 import common
 
@@ -104,18 +104,11 @@ def main(args):
     with common.AppendFile(args.out) as out:
         check_same_run(args.out, jobs)
         try:
-            failed = common.ask_all(client, jobs, out, finish)
+            failed = common.ask_all(client, jobs, out, finish, args.batch)
         finally:
             stages, reasons = funnel(args.out, jobs)
-            common.print_funnel(stages, reasons)
-            stats = {
-                "funnel": stages,
-                "left": reasons,
-                "model": args.model,
-                "params": params,
-                "dollars": client.spent if args.price else None,
-            }
-            common.write_atomic(Path(args.out).with_suffix(".stats.json"), json.dumps(stats, indent=1) + "\n")
+            stats = {"model": args.model, "params": params, "dollars": client.spent if args.price else None}
+            common.report(args.out, stages, reasons, stats, {"distil": common.DISTILL_PROMPT}, [args.out])
     return 1 if failed else 0
 
 

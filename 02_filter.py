@@ -10,6 +10,8 @@ labels ("the given quintuples") is rejected before anything is paid for it; `--h
     python 02_filter.py --cot cot.jsonl --out sft.jsonl --price 2.5 10 --dry-run
     python 02_filter.py --cot cot.jsonl --out sft.jsonl
     python 02_filter.py --cot cot.jsonl --out ablation.jsonl --no-score             # Table 2
+    python 02_filter.py --cot cot.jsonl --out sft.jsonl --human human.jsonl        # Figure 6
+    python 02_filter.py --cot cot.jsonl --out sft.jsonl --batch submit             # a day later: --batch collect (both passes)
     python 02_filter.py --cot cot.jsonl --out sft.jsonl --base-url http://127.0.0.1:8000/v1 --judge-model other
 
 Both filters keep their answers in append-only files: another threshold or seed costs nothing, a killed run goes on.
@@ -18,11 +20,14 @@ Reads:  --cot, made by 01_distill.py
         {"id": "tw1", "text": "…", "image": "tw1.jpg", "quintuples": [[…]], "candidate": 0, "cot": "Image Desc…", "status": "ok", …}
 Writes: --out, one row an example: the row of its best candidate and
         {…, "repredicted": [["Josh Gordon", "per", "Browns", "org", "member of"]], "scores": [2, 2, 2, 1, 1, 2], "score": 1.0}
-        *.reprediction.jsonl and *.score.jsonl (the answers), *.rejected.jsonl (every other candidate, why), *.stats.json (the funnel)
+        *.reprediction.jsonl and *.score.jsonl (the answers), *.rejected.jsonl (every other candidate, why),
+        *.stats.json (the funnel), *.card.md (the data card), *.human.png
 """
 
 import argparse
+import importlib.util
 import json
+import math
 import random
 import re
 from collections import Counter
@@ -60,10 +65,13 @@ def parse_args(argv=None):
     algorithm.add_argument("--no-score", action="store_true", help="leave that filter out; the chain is drawn at random [paper Table 2]")
     algorithm.add_argument("--hide-answer", action="store_true", help="strip stated quintuples before re-prediction [ours: a harder test]")
     algorithm.add_argument("--seed", type=int, default=0, help="breaks ties between equal scores [ours: the paper draws at random]")
+    algorithm.add_argument("--human", help='human scores {"id", "candidate", "score"} to compare with; needs matplotlib [paper Figure 6]')
     common.add_api_arguments(model, parser.add_argument_group("runtime"))
     args = parser.parse_args(argv)
     if not 0 <= args.threshold <= 1:
         parser.error(f"--threshold {float(args.threshold):g}, expected 0 to 1")
+    if args.human and (args.no_score or not importlib.util.find_spec("matplotlib")):
+        parser.error("--human compares with the score filter, and draws with matplotlib: leave out --no-score, pip install matplotlib")
     return args
 
 
@@ -124,17 +132,50 @@ def judge_scores(row, threshold):
     return scores, None if Fraction(sum(scores), sum(POINTS)) >= threshold else "score: below the threshold"
 
 
-def ask(client, candidates, prompts, path, title, dry_run):
+def ask(client, candidates, prompts, path, title, args):
     """One call a candidate → ({(id, candidate): its answer row}, number failed). Answers already in `path` cost nothing."""
     names = [name_of(candidate) for candidate in candidates]
     jobs = [client.job({"id": f"{id}#{k}"}, prompt, candidate.image) for (id, k), prompt, candidate in zip(names, prompts, candidates)]
-    if dry_run:
+    if args.dry_run:
         common.print_estimate(client, jobs, 60, title)
         return {}, 0
     with common.AppendFile(path) as out:
-        failed = common.ask_all(client, jobs, out)
+        failed = common.ask_all(client, jobs, out, batch=args.batch)
         answers = {row["key"]: row for _, row in common.read_jsonl(path)}
     return {name: answers[job.key] for name, job in zip(names, jobs) if job.key in answers}, failed
+
+
+def agreement(path, points, png):
+    """Figure 6: how the judge's points agree with human scores → figures, printed and drawn too. points: {(id, candidate): 0 … ten}."""
+    import matplotlib.figure
+
+    most, pairs, missing = sum(POINTS), [], 0
+    for number, row in common.read_jsonl(path):
+        share = row.get("score")
+        if not isinstance(share, int | float) or not 0 <= share <= 1 or not {"id", "candidate"} <= row.keys():
+            raise common.InputError(f'{path}:{number}: expected {{"id": …, "candidate": 0, "score": 0 to 1}}')
+        name = str(row["id"]), row["candidate"]
+        pairs += [(points[name], share)] if name in points else []
+        missing += name not in points
+    if not pairs:
+        raise common.InputError(f"{path}: none of its {missing} candidates was scored by the judge: id and candidate as in --cot")
+    gaps = [judged / most - human for judged, human in pairs]
+    rated = [(judged, math.floor(human * most + 0.5)) for judged, human in pairs]  # kappa wants both on one scale: points
+    seen = sum((a - b) ** 2 for a, b in rated)
+    chance = sum((a - b) ** 2 for a, _ in rated for _, b in rated) / len(rated)
+    bins = Counter(math.floor(gap * 10 + 0.5) for gap in gaps)
+    result = {"compared": len(pairs), "not_judged": missing, "mean_absolute_error": sum(map(abs, gaps)) / len(gaps)}
+    result |= {"within_0.1": sum(abs(gap) <= 0.1 + 1e-9 for gap in gaps) / len(gaps), "kappa": 1 - seen / chance if chance else None}
+    print(f"judge against people: {json.dumps(result)}\njudge − people, candidates")
+    spread = range(min(bins), max(bins) + 1)
+    for gap in spread:
+        print(f"{gap / 10:+5.1f} {bins[gap]:>6} {'#' * round(50 * bins[gap] / max(bins.values()))}")
+    figure = matplotlib.figure.Figure()
+    axes = figure.subplots()
+    axes.bar([gap / 10 for gap in spread], [bins[gap] for gap in spread], width=0.08)
+    axes.set(xlabel="judge − people", ylabel="candidates", title=f"MAE {result['mean_absolute_error']:.3f}, n = {len(pairs)}")
+    figure.savefig(png)
+    return result | {"histogram": {f"{gap / 10:+.1f}": bins[gap] for gap in spread}}
 
 
 def name_of(candidate):
@@ -186,7 +227,9 @@ def main(args):
     if not args.no_reprediction:
         cots = [hide_answer(c.row["cot"], c.quintuples) if args.hide_answer else c.row["cot"] for c in alive]
         prompts = [common.REPREDICT_PROMPT.format(text=c.text, cot=cot) for c, cot in zip(alive, cots)]
-        answers, failed = ask(client, alive, prompts, out.with_suffix(".reprediction.jsonl"), "re-prediction", args.dry_run)
+        answers, failed = ask(client, alive, prompts, out.with_suffix(".reprediction.jsonl"), "re-prediction", args)
+        if args.batch == "submit" and len(answers) < len(alive):
+            return 0  # --batch collect goes on from here
         verdicts = [judge_prediction(answers.get(name_of(c)), c.quintuples) for c in alive]
         extra = {name_of(c): {"repredicted": pred} for c, (pred, _) in zip(alive, verdicts)}
         if not args.dry_run:
@@ -196,7 +239,9 @@ def main(args):
     if not args.no_score:
         judge.spent = client.spent  # one budget for both
         prompts = [common.SCORE_PROMPT.format(text=c.text, cot=c.row["cot"]) for c in alive]
-        answers, more = ask(judge, alive, prompts, out.with_suffix(".score.jsonl"), "score, at most", args.dry_run)
+        answers, more = ask(judge, alive, prompts, out.with_suffix(".score.jsonl"), "score, at most", args)
+        if args.batch == "submit" and len(answers) < len(alive):
+            return 0
         failed += more
         verdicts = [judge_scores(answers.get(name_of(c)), args.threshold) for c in alive]
         for candidate, (scores, _) in zip(alive, verdicts):
@@ -225,11 +270,14 @@ def main(args):
     common.write_atomic(out.with_suffix(".rejected.jsonl"), "".join(map(common.jsonl_line, lines)))
     common.write_atomic(out, "".join(common.jsonl_line(line(c)) for c in alive))
     reasons = Counter(reason.partition(": ")[0] if reason.startswith("leaked") else reason for reason in rejected.values())
-    common.print_funnel(stages, reasons)
-    dollars = max(client.spent, judge.spent) if args.price else None
-    stats = {"funnel": stages, "left": reasons, "leaks": Counter(leak for leak in leaks if leak), "dollars": dollars}
+    stats = {"leaks": Counter(leak for leak in leaks if leak), "dollars": max(client.spent, judge.spent) if args.price else None}
     stats |= {"model": model, "judge_model": judge.model, "params": params, "threshold": float(args.threshold), "seed": args.seed}
-    common.write_atomic(out.with_suffix(".stats.json"), json.dumps(stats, indent=1) + "\n")
+    if args.human:
+        points = {name: sum(new["scores"]) for name, new in extra.items() if new.get("scores")}
+        stats["human"] = agreement(args.human, points, out.with_suffix(".human.png"))
+    prompts = {"re-prediction": common.REPREDICT_PROMPT, "score": common.SCORE_PROMPT}
+    asked = {name: prompt for name, prompt in prompts.items() if not getattr(args, f"no_{name.replace('-', '')}")}
+    common.report(out, stages, reasons, stats, asked, [out.with_suffix(f".{name.replace('-', '')}.jsonl") for name in asked])
     if not alive:
         raise common.Stopped(f"no example is left, see {out.with_suffix('.rejected.jsonl')} for the reasons")
     return 1 if failed else 0

@@ -9,17 +9,21 @@ Imports neither torch nor transformers, so that 01 and 02 run on a laptop with o
 import ast
 import asyncio
 import base64
+import contextlib
 import fcntl
 import functools
 import hashlib
+import importlib.metadata
 import io
 import json
 import math
 import os
+import platform
 import random
 import re
 import signal
 import sys
+import tempfile
 import time
 import unicodedata
 from collections import Counter
@@ -793,6 +797,7 @@ def add_api_arguments(model, runtime):
     runtime.add_argument("--timeout", type=float, default=180.0, help="seconds a call may take, wall clock [ours: 5 chains need 30]")
     runtime.add_argument("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="dollars per million tokens [ours: prices change]")
     runtime.add_argument("--budget", type=float, help="stop before so many dollars, earlier runs on this output included [ours: no limit]")
+    runtime.add_argument("--batch", choices=("submit", "collect"), help="Batch API: give its own --price [ours: half the price]")
     runtime.add_argument("--limit", type=int, help="only the first so many examples [ours: to try things]")
     runtime.add_argument("--dry-run", action="store_true", help="print calls, tokens and dollars, and ask nothing [ours: look first]")
 
@@ -820,6 +825,7 @@ class ChatClient:
 
     tries = 6  # of one call, 429 not counted
     backoff = 0.5  # seconds before the second try, doubled each time, with jitter
+    poll = float(os.environ.get("JMERE_POLL", "60"))  # seconds between two looks at a batch
     patience = 1800.0  # longest time without an answer because of 429 alone
 
     def __init__(self, model, base_url=None, concurrency=16, timeout=180.0, price=None, budget=None, params=None):
@@ -1111,8 +1117,9 @@ def ask_all(client, jobs, out, finish=lambda row: row, batch=None):
     errors.unlink(missing_ok=True)
     try:
         if batch:
-            raise NotImplementedError
-        failed = asyncio.run(_ask_live(client, todo, out, finish)) if todo else 0
+            failed = _ask_batches(client, todo, out, finish, batch == "collect")
+        else:
+            failed = asyncio.run(_ask_live(client, todo, out, finish)) if todo else 0
     except KeyboardInterrupt:
         raise Stopped("interrupted: calls in flight are lost, batches go on; run the same command to go on") from None
     if client.reason:
@@ -1170,6 +1177,107 @@ async def _ask_live(client, todo, out, finish):
     return tally["failed"]
 
 
+BATCH_LIMITS = (50_000, 200_000_000)  # requests and bytes a file, of OpenAI's Batch API
+
+
+def _ask_batches(client, todo, out, finish, collect):
+    """The Batch API, at half the price: submit what is missing; with `collect`, wait, read, and submit again what did not come.
+
+    *.batches.json holds [{"file", "batch", "keys"}] of the batches not read yet. It is written before a batch is created (with
+    batch null) and after, so a run killed in between finds its batch by the file, and none is paid for twice.
+    """
+    import openai
+
+    client.require_key()
+    api, state = openai.OpenAI(base_url=client.base_url, max_retries=client.tries), out.path.with_suffix(".batches.json")
+    batches, jobs, rounds, failed = json.loads(state.read_text()) if state.exists() else [], {job.key: job for job in todo}, Counter(), {}
+
+    def fail(job, error):
+        failed[job.key] = error
+        out.fail(job, error)
+
+    def save():
+        write_atomic(state, json.dumps(batches))
+
+    def submit():
+        waiting = {key for batch in batches for key in batch["keys"]} | failed.keys()
+        missing = [job for job in jobs.values() if out.done[job.key] < job.n and job.key not in waiting]
+        for job in missing:
+            rounds[job.key] += 1
+            if rounds[job.key] > client.tries:
+                fail(job, f"{client.tries} batches gave no answer")
+        missing = [job for job in missing if job.key not in failed]
+        if client.budget and client.spent + client.cost(estimate(missing, 300)) > client.budget:
+            raise Stopped(f"budget: ${client.spent:.2f} of ${client.budget:g} spent, {len(missing)} requests do not fit")
+        for chunk, keys in _batch_chunks(client, missing, out, fail):
+            batches.append({"file": api.files.create(file=("batch.jsonl", chunk), purpose="batch").id, "batch": None, "keys": keys})
+            save()
+        for batch in batches:
+            if not batch["batch"]:
+                sent = [known.id for known in api.batches.list(limit=100) if known.input_file_id == batch["file"]]
+                options = {"endpoint": "/v1/chat/completions", "completion_window": "24h"}
+                batch["batch"] = (
+                    sent[0] if sent else api.with_options(max_retries=0).batches.create(input_file_id=batch["file"], **options).id
+                )
+                save()
+
+    def read(file):
+        for line in api.files.content(file).iter_lines() if file else ():
+            line = json.loads(line)
+            job, response = jobs.get(line["custom_id"]), line.get("response") or {}
+            if job and out.done[job.key] < job.n:
+                try:
+                    content = json.dumps(response.get("body") or {"error": line.get("error")})
+                    reply, *_ = client.verdict(response.get("status_code"), content, "no answer", job.n - out.done[job.key])
+                    if reply:
+                        out.add(client, job, reply, finish)
+                except CallFailed as error:
+                    fail(job, error)
+
+    try:
+        submit()
+        print(f"{sum(len(batch['keys']) for batch in batches)} requests in {len(batches)} batches, see {state}", file=sys.stderr)
+        while collect and batches:
+            batch = api.batches.retrieve(batches[0]["batch"])
+            if batch.status not in ("completed", "failed", "expired", "cancelled"):
+                counts = batch.request_counts
+                print(f"{batch.id}: {batch.status}, {counts.completed if counts else 0} done", file=sys.stderr)
+                time.sleep(client.poll)
+                continue
+            read(batch.output_file_id)
+            read(batch.error_file_id)
+            del batches[0]
+            save()
+            if batch.status == "failed":
+                faults = "; ".join(fault.message or "" for fault in (batch.errors and batch.errors.data) or ())
+                raise Stopped(f"batch {batch.id} refused: {faults}; the same command sends its requests again")
+            submit()
+    except openai.OpenAIError as error:
+        raise Stopped(f"batch: {str(error)[:300]}; what was submitted is in {state}, the same command goes on") from None
+    return len(failed)
+
+
+def _batch_chunks(client, jobs, out, fail):
+    """Yield (file of request lines, their keys) within BATCH_LIMITS."""
+    keys, chunk = [], tempfile.TemporaryFile()  # noqa: SIM115, closed by going away
+    for job in jobs:
+        try:
+            body = client.body(job.prompt, job.image, job.n - out.done[job.key])
+        except CallFailed as error:
+            fail(job, error)
+            continue
+        line = b'{"custom_id":"%b","method":"POST","url":"/v1/chat/completions","body":%b}\n' % (job.key.encode(), body)
+        if keys and (len(keys) >= BATCH_LIMITS[0] or chunk.tell() + len(line) > BATCH_LIMITS[1]):
+            chunk.seek(0)
+            yield chunk, keys
+            keys, chunk = [], tempfile.TemporaryFile()  # noqa: SIM115
+        keys.append(job.key)
+        chunk.write(line)
+    if keys:
+        chunk.seek(0)
+        yield chunk, keys
+
+
 async def _announce(client):
     """Say when the server means to shut the model down; most servers tell nothing, and then neither do we."""
     try:
@@ -1204,10 +1312,29 @@ def print_estimate(client, jobs, completion_tokens, title):
     print(f"{title}, {client.model}: {counts}, {dollars}")
 
 
-def print_funnel(stages, reasons):
-    """Figure 7: [(stage, candidates, examples)], and why the rest left: {reason: candidates}."""
-    print(f"{'stage':<40}{'candidates':>11}{'examples':>10}")
-    for stage, candidates, examples in stages:
-        print(f"{stage:<40}{candidates:>11}{examples:>10}")
-    for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
-        print(f"  left: {reason:<32}{count:>11}")
+def report(out, stages, reasons, stats, prompts, answers):
+    """How a file came about: the funnel of Figure 7 on screen, *.stats.json, and the data card *.card.md beside it.
+
+    stages: [(stage, candidates, examples)]; reasons: {why a candidate left: how many}; answers: the append-only files paid for.
+    """
+    lines = [f"{'stage':<40}{'candidates':>11}{'examples':>10}", *(f"{stage:<40}{a:>11}{b:>10}" for stage, a, b in stages)]
+    lines += [f"  left: {reason:<32}{count:>11}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1])]
+    print("\n".join(lines))
+    stats = {"funnel": stages, "left": reasons, **stats}
+    write_atomic(Path(out).with_suffix(".stats.json"), json.dumps(stats, indent=1) + "\n")
+    models = Counter((row["model"], row["model_answered"]) for path in answers for _, row in read_jsonl(path))
+    versions = {"python": platform.python_version()}
+    for package in ("openai", "pillow"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    card = [
+        f"# {Path(out).name}\n\nMade by `{Path(sys.argv[0]).name}` on {time.strftime('%Y-%m-%d', time.gmtime())} (UTC).",
+        f"## Counts\n\n```\n{chr(10).join(lines)}\n```",
+        "## Models\n\n" + "\n".join(f"- asked {asked}, answered {told}: {n} answers" for (asked, told), n in models.items()),
+        f"## Settings and price\n\n```json\n{json.dumps({k: v for k, v in stats.items() if k not in ('funnel', 'left')}, indent=1)}\n```",
+        *(f"## Prompt: {name}\n\n````\n{prompt}\n````" for name, prompt in prompts.items()),
+        "## Versions\n\n" + ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "## Rights\n\nTexts and images are tweets, whose rights stay with their authors: no licence is stated here, and none is implied. "
+        "The reasoning is model output; the terms of the model's provider apply.",
+    ]
+    write_atomic(Path(out).with_suffix(".card.md"), "\n\n".join(card) + "\n")

@@ -29,6 +29,8 @@ class FakeOpenAI:
     def __init__(self, answer, faults=(), latency=0.0, headers=None):
         self.answer, self.latency, self.headers = answer, latency, headers or {}
         self.fault = faults if callable(faults) else lambda number: faults[number] if number < len(faults) else None
+        self.files, self.batches, self.batch_lines = {}, {}, 0
+        self.batch_fault, self.lose_next_batch_reply = lambda number: None, False
         self.requests, self.in_flight, self.most_in_flight = [], 0, 0  # requests: (time, prompt, n asked, fault, answered?)
 
     def __enter__(self):
@@ -70,6 +72,8 @@ class FakeOpenAI:
 
     async def _handle(self, path, raw, headers, writer):
         """Answer one request → whether the connection stays."""
+        if "/files" in path or "/batches" in path:
+            return await self._batch_api(path.partition("/v1")[2].partition("?")[0], raw, writer)
         if not path.endswith("/chat/completions"):
             return await self._send(writer, 404, {}, {"error": {"message": "not here"}})
         body = json.loads(raw)
@@ -107,6 +111,56 @@ class FakeOpenAI:
         await self._send(writer, 200, self.headers | extra, reply)
         self.requests[at]["answered"] = True
         return True
+
+    async def _batch_api(self, path, raw, writer):
+        """/v1/files and /v1/batches. `batch_fault(number of the request line)` → None, "missing", "expired" or a name of FAULTS."""
+        kind, _, name = path.strip("/").partition("/")
+        if kind == "files" and not name:
+            body = raw.partition(b'filename="')[2].partition(b"\r\n\r\n")[2].partition(b"\r\n--")[0]
+            self.files[f"file-{len(self.files)}"] = body
+            return await self._send(writer, 200, {}, {"id": f"file-{len(self.files) - 1}", "object": "file", "purpose": "batch"})
+        if kind == "files":
+            return await self._send(writer, 200, {}, self.files[name.partition("/")[0]])
+        if name:
+            batch = self.batches[name]
+            batch["looks"] = batch.get("looks", 0) + 1
+            if batch["looks"] > 1 and batch["status"] == "in_progress":  # the first look sees it running
+                self._run_batch(batch)
+            return await self._send(writer, 200, {}, batch)
+        if not raw:
+            return await self._send(writer, 200, {}, {"object": "list", "data": list(self.batches.values())[::-1], "has_more": False})
+        name = f"batch-{len(self.batches)}"
+        self.batches[name] = {"id": name, "object": "batch", "status": "in_progress", **json.loads(raw)}
+        if self.lose_next_batch_reply:
+            self.lose_next_batch_reply = False
+            writer.transport.abort()
+            return False
+        return await self._send(writer, 200, {}, self.batches[name])
+
+    def _run_batch(self, batch):
+        output, errors, status = [], [], "completed"
+        for line in map(json.loads, self.files[batch["input_file_id"]].splitlines()):
+            assert line["method"] == "POST" and line["url"] == "/v1/chat/completions"
+            prompt = next(part["text"] for part in line["body"]["messages"][0]["content"] if part["type"] == "text")
+            fault, self.batch_lines = self.batch_fault(self.batch_lines), self.batch_lines + 1
+            result = {"id": "b", "custom_id": line["custom_id"], "response": None, "error": None}
+            if fault == "expired":
+                status = "expired"
+                errors.append({**result, "error": {"code": "batch_expired", "message": "not done in time"}})
+            elif fault in FAULTS:
+                code, _, body = FAULTS[fault]
+                errors.append({**result, "response": {"status_code": code, "body": body if isinstance(body, dict) else None}})
+            elif fault != "missing":
+                texts = self.answer(line["body"], prompt)
+                choices = [{"index": i, "finish_reason": "stop", "message": {"content": t}} for i, t in enumerate(texts)]
+                usage = {"prompt_tokens": 100, "completion_tokens": 10 * len(texts)}
+                body = {"model": "fake-1", "choices": choices, "usage": usage}
+                output.insert(0, {**result, "response": {"status_code": 200, "body": body}})  # in no order
+        batch["status"] = status
+        for field, lines in (("output_file_id", output), ("error_file_id", errors)):
+            if lines:
+                batch[field] = f"file-{len(self.files)}"
+                self.files[batch[field]] = "".join(json.dumps(line) + "\n" for line in lines).encode()
 
     async def _send(self, writer, status, headers, body):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()

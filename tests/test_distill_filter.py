@@ -100,6 +100,45 @@ def test_whole_chain(data):
     assert [tuple(stage[1:]) for stage in stats["funnel"]] == [(20, 4), (12, 4), (8, 4), (8, 4), (4, 4), (4, 4)]
     examples = common.load_examples(data / "sft.jsonl", need=("quintuples", "cot", "score"))
     assert common.check_images(examples) == examples
+    card = (data / "sft.card.md").read_text()
+    assert "answered fake-1: 16 answers" in card and "best of its example" in card and common.SCORE_PROMPT in card and "no licence" in card
+    assert common.DISTILL_PROMPT in (data / "cot.card.md").read_text()
+
+
+def test_output_loads_with_datasets(data):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    with FakeOpenAI(teacher()) as server:
+        run("01_distill.py", "--data", data / "train.jsonl", "--out", data / "cot.jsonl", "--base-url", server.url)
+        run("02_filter.py", "--cot", data / "cot.jsonl", "--out", data / "sft.jsonl", "--base-url", server.url)
+    loaded = datasets.load_dataset("json", data_files=str(data / "sft.jsonl"), cache_dir=str(data / "cache"), split="train")
+    assert loaded["id"][:] == ["t0", "t1", "t2", "t3"] and loaded[0]["quintuples"] == GOLD and loaded[0]["score"] == 1.0
+
+
+def test_human_agreement(data):
+    """Judge 10, 8, 6, 10 points of 10 against people 1.0, 0.8, 0.9, 0.5; t9 was never judged."""
+    ends = {"tweet 1": "R5=1 R6=0", "tweet 2": "R5=0 R6=0"}
+
+    def scores(prompt):
+        middle = 0 if "tweet 2" in prompt else 1
+        return f"R1=2 R2=2 R3=2 R4={middle} " + next((end for name, end in ends.items() if name in prompt), "R5=1 R6=2")
+
+    human = [("t0", 1.0), ("t1", 0.8), ("t2", 0.9), ("t3", 0.5), ("t9", 1)]
+    (data / "human.jsonl").write_text("".join(common.jsonl_line({"id": i, "candidate": 0, "score": s}) for i, s in human))
+    with FakeOpenAI(teacher(scores=scores)) as server:
+        url = ("--base-url", server.url)
+        run("01_distill.py", "--data", data / "train.jsonl", "--out", data / "cot.jsonl", "--n", 1, *url)
+        args = ("--cot", data / "cot.jsonl", "--out", data / "sft.jsonl", *url)
+        done = run("02_filter.py", *args, "--human", data / "human.jsonl")
+        assert done.returncode == 0, done.stderr
+        (data / "human.jsonl").write_text('{"id": "t0", "candidate": 0, "score": 7}\n')
+        bad = run("02_filter.py", *args, "--human", data / "human.jsonl")
+    assert bad.returncode == 2 and "human.jsonl:1" in bad.stderr
+    found = json.loads((data / "sft.stats.json").read_text())["human"]
+    assert (found["compared"], found["not_judged"], found["within_0.1"]) == (4, 1, 0.5)
+    assert found["mean_absolute_error"] == pytest.approx(0.2) and found["histogram"]["-0.3"] == 1 and found["histogram"]["+0.5"] == 1
+    # squared gaps 0 + 0 + 9 + 25 = 34; all 16 pairings of (10, 8, 6, 10) with (10, 8, 9, 5): 30 + 14 + 30 + 30 = 104, over 4 = 26
+    assert found["kappa"] == pytest.approx(1 - 34 / 26)
+    assert Image.open(data / "sft.human.png").size[0] > 100 and "+0.5      1 #" in done.stdout
 
 
 def test_reprediction_compares_sets(data):

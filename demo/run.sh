@@ -74,7 +74,7 @@ train() { # script OUT arguments…
 evaluate() { # OUT DATA arguments…
   local out=$1 data=$2
   shift 2
-  run python 05_eval.py --model "$MODEL" --data "$WORK/world/$data.jsonl" --out "$WORK/$out" --max-new-tokens "$TOKENS" --batch-size 40 "$@" >"$WORK/$out.txt"
+  run python 05_eval.py --model "$MODEL" --data "$WORK/world/$data.jsonl" --out "$WORK/$out" --max-new-tokens "$TOKENS" --batch-rows 40 "$@" >"$WORK/$out.txt"
 }
 
 # From here on: the commands of the README, with small numbers.

@@ -806,6 +806,10 @@ class Run:
     The same command on the same OUT goes on from last/; other arguments are refused unless --fresh. last/ is a link to a
     complete state, exchanged atomically, so a kill at any moment leaves the old state or the new one. With several nodes OUT
     must be on storage that all of them see.
+
+    Signals: `kill -TERM $(cat OUT/.lock)` finishes the step, saves and ends all ranks with code 0, under the launcher too. The
+    launcher itself, stopped by Ctrl-C or SIGTERM, passes SIGTERM on, but kills what still runs after 30 seconds and ends with
+    code 1: a longer step is then lost, never last/.
     """
 
     FREE = ("fresh", "local_rank", "stop_after")  # arguments that may differ between the pieces of one run

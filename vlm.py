@@ -905,11 +905,13 @@ class Run:
         current = (self.out / "last").resolve().name
         if not (self.out / "best").exists() and (self.out / ".best.old").exists():
             (self.out / ".best.old").rename(self.out / "best")
-        for path in [*self.out.glob(".*"), *self.out.glob("validation/.*")]:
-            if path.name.startswith(".step-") and path.name != current or path.name in (".best.new", ".best.old"):
+        for path in self.out.glob(".step-*"):
+            if path.name != current:
                 shutil.rmtree(path)
-            elif ".tmp" in path.name or path.name == ".last.new":
-                path.unlink()
+        for name in (".best.new", ".best.old"):
+            shutil.rmtree(self.out / name, ignore_errors=True)
+        for path in [*self.out.glob(".*.tmp*"), *self.out.glob("*/.*.tmp*"), self.out / ".last.new"]:
+            path.unlink(missing_ok=True)
 
     def _cut(self, path):
         """Drop rows of steps that are not in last/, a torn last line among them: they will be done again."""

@@ -9,9 +9,11 @@ Deviations and decisions
     deepspeed 03_sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --data sft.jsonl --val val.json --image-dir img --out runs/sft  # all GPUs
     deepspeed 03_sft.py … --target answer --epochs 20 --data train.json --out runs/sft-answer    # SFT baseline
     python 03_sft.py --model runs/tiny --data sft.jsonl --out runs/sft --lora-rank 8 --lora-alpha 16    # CPU, tiny model
+    deepspeed --hostfile hosts 03_sft.py …    # several nodes: a line `NAME slots=GPUS` each in `hosts`, OUT on shared storage
+    kill -TERM $(cat runs/sft/.lock)    # finish the step, save, end; the same command goes on
 
 Reads:  --data  {"id": "a", "text": "…", "image": "img/a.jpg", "quintuples": [["A", "per", "B", "org", "member of"]], "cot": "Image Desc…"}
-Writes: OUT/best/ (PEFT adapter), OUT/last/, OUT/config.json,
+Writes: OUT/best/ (PEFT adapter), OUT/last/, OUT/config.json, OUT/validation/step-N.jsonl, OUT/curves.png,
         OUT/metrics.jsonl  {"step": 1, "loss": 2.1, "lr": 1e-06, "grad_norm": 3.2, "tokens": 410, "tokens_per_second": 900.0, …}
 """
 

@@ -11,9 +11,11 @@ Deviations and decisions
         --image-dir img --out runs/grpo --group-size 8                                                        # all GPUs
     deepspeed --num_gpus 1 04_grpo.py …                                                                       # one GPU
     python 04_grpo.py --model runs/tiny --adapter runs/sft/best --data train.jsonl --out runs/grpo --max-new-tokens 96   # CPU, tiny model
+    deepspeed --hostfile hosts 04_grpo.py …   # several nodes: a line `NAME slots=GPUS` each in `hosts`, OUT on shared storage
+    kill -TERM $(cat runs/grpo/.lock)                        # finish the step, save, end; the same command goes on
 
 Reads:  --data  {"id": "a", "text": "…", "image": "img/a.jpg", "quintuples": [["A", "per", "B", "org", "member of"]]}, JMERE or MNRE
-Writes: OUT/best/ (PEFT adapter), OUT/last/, OUT/config.json, OUT/samples.jsonl,
+Writes: OUT/best/ (PEFT adapter), OUT/last/, OUT/config.json, OUT/samples.jsonl, OUT/validation/step-N.jsonl, OUT/curves.png,
         OUT/metrics.jsonl  {"step": 1, "reward": 0.41, "accuracy": 0.1, "partial": 1.2, "format": 0.7, "kl": 0.0, "loss": 0.0, …}
 """
 

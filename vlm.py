@@ -806,6 +806,10 @@ class Run:
     The same command on the same OUT goes on from last/; other arguments are refused unless --fresh. last/ is a link to a
     complete state, exchanged atomically, so a kill at any moment leaves the old state or the new one. With several nodes OUT
     must be on storage that all of them see.
+
+    Signals: `kill -TERM $(cat OUT/.lock)` finishes the step, saves and ends all ranks with code 0, under the launcher too. The
+    launcher itself, stopped by Ctrl-C or SIGTERM, passes SIGTERM on, but kills what still runs after 30 seconds and ends with
+    code 1: a longer step is then lost, never last/.
     """
 
     FREE = ("fresh", "local_rank", "stop_after")  # arguments that may differ between the pieces of one run
@@ -901,11 +905,13 @@ class Run:
         current = (self.out / "last").resolve().name
         if not (self.out / "best").exists() and (self.out / ".best.old").exists():
             (self.out / ".best.old").rename(self.out / "best")
-        for path in [*self.out.glob(".*"), *self.out.glob("validation/.*")]:
-            if path.name.startswith(".step-") and path.name != current or path.name in (".best.new", ".best.old"):
+        for path in self.out.glob(".step-*"):
+            if path.name != current:
                 shutil.rmtree(path)
-            elif ".tmp" in path.name or path.name == ".last.new":
-                path.unlink()
+        for name in (".best.new", ".best.old"):
+            shutil.rmtree(self.out / name, ignore_errors=True)
+        for path in [*self.out.glob(".*.tmp*"), *self.out.glob("*/.*.tmp*"), self.out / ".last.new"]:
+            path.unlink(missing_ok=True)
 
     def _cut(self, path):
         """Drop rows of steps that are not in last/, a torn last line among them: they will be done again."""

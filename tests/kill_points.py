@@ -113,11 +113,13 @@ def run(folder, points, seed=0, scripts=("03_sft", "04_grpo"), say=print):
         expected, kills = contents(whole), 0
         say(f"{script}: uninterrupted {answer['seconds']} s, {answer['events']} file operations", flush=True)
         for number in range(points):
-            at = []
-            for _ in range(1 + number % 2):
-                in_time = {"kill_after": round(rng.uniform(0.3, 1) * answer["seconds"], 2)}
-                at.append(in_time if (number // 2) % 2 else {"kill_at": rng.randint(1, answer["events"])})
-            got, hits = trial(zygote, script, inputs, folder / f"{script}-killed", adapter, at)
+            hits = []
+            while not any(hits):  # a moment after the end kills nothing: draw again
+                at = []
+                for _ in range(1 + number % 2):
+                    in_time = {"kill_after": round(rng.uniform(0.2, 0.95) * answer["seconds"], 2)}
+                    at.append(in_time if (number // 2) % 2 else {"kill_at": rng.randint(1, answer["events"])})
+                got, hits = trial(zygote, script, inputs, folder / f"{script}-killed", adapter, at)
             differ = [name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name)]
             kills, wrong = kills + sum(hits), wrong + bool(differ)
             say(f"{script} {number + 1:2}: {at} killed {hits} → {'bitwise equal' if not differ else f'DIFFERS in {differ}'}", flush=True)

@@ -472,9 +472,7 @@ def _folded(model):
             weight = plain.weight
             if isinstance(module, LoraLayer) and not module.disable_adapters:
                 weight = sum((module.get_delta_weight(name) for name in module.active_adapters), weight)
-            weight = weight.t().contiguous()  # [in, out]
-            bias = plain.bias if plain.bias is not None else 0.0
-            module.forward = lambda x, weight=weight, bias=bias: x @ weight + bias
+            module.forward = functools.partial(linear, weight=weight.t().contiguous().t(), bias=plain.bias)  # laid out [in, out]
             folded.append(module)
     try:
         yield
@@ -634,12 +632,13 @@ class TokenLogps(torch.autograd.Function):
         assert not weight.requires_grad, "the head is taken as frozen"
         logps, entropy, slopes = [], [], []
         for states, ids in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK)):
-            logits = linear(states, weight).float().div_(temperature).log_softmax(-1)  # [chunk, V]
+            logits = linear(states, weight).float().div_(temperature)  # [chunk, V]
+            logits -= logits.logsumexp(-1, keepdim=True)  # in place, and no elementwise product below: two [chunk, V] at once
             logps.append(logits.gather(-1, ids[:, None])[:, 0])
             probs = logits.exp()
-            entropy.append(-torch.linalg.vecdot(probs, logits))
+            entropy.append(-torch.bmm(probs[:, None], logits[:, :, None])[:, 0, 0])
             if ctx.needs_input_grad[0]:
-                probs.neg_()[torch.arange(len(ids)), ids] += 1  # onehot − probs
+                probs.neg_()[torch.arange(len(ids), device=ids.device), ids] += 1  # onehot − probs
                 slopes.append(probs.div_(temperature).to(weight.dtype) @ weight)  # [chunk, D]
         logps, entropy = torch.cat(logps), torch.cat(entropy)
         ctx.mark_non_differentiable(entropy)

@@ -5,6 +5,8 @@ Same weights, images, prompts, LoRA, KL and update; every measurement is a proce
 step), the ways take turns, medians are printed. CPU seconds are the steadier figure on a shared machine.
 
 Made fair, in TRL's favour: on a CPU its fused head would score prompt positions too; it is held to its GPU behaviour (completions only).
+Memory is what a step adds to the loaded model, weights read; glibc gives freed blocks of 1 MB and more back at once
+(MALLOC_MMAP_THRESHOLD_, for all three), or its fragmentation would hide the figure.
 Gradient checkpointing is off, use_bias_correction_kl is False (our k3), a group is a backward pass in all three.
 
     python bench/bench_grpo.py --prompt-tokens 512 --completion-tokens 128 --group-size 8 --prompts 4          # one row
@@ -19,6 +21,7 @@ import argparse
 import importlib
 import itertools
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -102,6 +105,12 @@ def memory(peak=False):
     return next(int(line.split()[1]) / 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
 
 
+def settled_memory(model):
+    """memory() once every weight has been read: a loaded file is mapped, and counts from its first use."""
+    sum(parameter.detach().sum().item() for parameter in model.parameters())
+    return memory()
+
+
 def reset_peak():
     torch.cuda.reset_peak_memory_stats() if torch.cuda.is_available() else Path("/proc/self/clear_refs").write_text("5")
 
@@ -160,7 +169,7 @@ def measure_ours(job, args, shared_prefix):
         optimizer.zero_grad()
         return clock
 
-    base = memory()
+    base = settled_memory(model)
     step(2, Clock())
     reset_peak()
     row = step(job["C"], Clock()).row()
@@ -221,7 +230,7 @@ def measure_trl(job, args):
     )
     lora = vlm.LoraConfig(r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=vlm.LORA_TARGETS, task_type="CAUSAL_LM")
     trainer = GRPOTrainer(model, reward, config, data, processing_class=processor, peft_config=lora, callbacks=[Watch()])
-    found["base"] = memory()
+    found["base"] = settled_memory(model)
     trainer.train()
     if found["lengths"] != [job["C"]]:
         raise common.InputError(f"TRL sampled responses of {found['lengths']} tokens, expected {job['C']}: the comparison is not one")
@@ -280,7 +289,7 @@ def main(args):
             for _, way in itertools.product(range(args.rounds), args.ways):  # in turns
                 job = {"way": way, "model": folder, "P": prompt, "C": own, "G": n, "B": count}
                 command = [sys.executable, __file__, *sys.argv[1:], "--child", json.dumps(job)]
-                done = subprocess.run(command, capture_output=True, text=True)
+                done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"})
                 if done.returncode:
                     raise common.InputError(f"{way}: {done.stderr.strip()[-1500:]}")
                 rows[way].append(json.loads(done.stdout.strip().split("\n")[-1]))

@@ -353,6 +353,10 @@ def _from_jsonl(where, row, stems, need):
             raise InputError(f"{where}: missing {name!r} ({'made by ' + MADE_BY[name] if name in MADE_BY else 'part of the annotations'})")
         if name in ("text", "image", "cot") and not isinstance(row[name], str):
             raise InputError(f"{where}: {name!r} is a {type(row[name]).__name__}, expected a string")
+    try:
+        jsonl_line(row).encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, written \\ud83d: no later stage could store it
+        raise InputError(f"{where}: holds half a character ({error.reason} {error.object[error.start]!r}): mend the escape") from None
     gold = row.get("quintuples")
     return Example(str(row["id"]), row["text"], row["image"], None if gold is None else _gold(where, gold), row)
 
@@ -1074,7 +1078,7 @@ class AppendFile:
 
     def append(self, rows):
         """One write a call: a kill leaves whole lines and at most one torn one."""
-        data = "".join(map(jsonl_line, rows)).encode()
+        data = "".join(map(jsonl_line, rows)).encode(errors="replace")  # a server may send half a surrogate pair
         try:
             if self.handle.write(data) != len(data):
                 raise OSError(None, "disk full")

@@ -83,6 +83,7 @@ ROW = {"id": "a", "text": "t", "image": "a.png", "quintuples": [["A", "per", "B"
         ([json.dumps({**ROW, "quintuples": [["A", "per", "B", "org"]]})], (), "expected five non-empty strings"),
         ([json.dumps({**ROW, "quintuples": [["A", "animal", "B", "org", "peer"]]})], (), "unknown label 'animal'"),
         ([json.dumps([1])[1:-1]], (), "rows.jsonl:1: found a JSON int"),
+        ([json.dumps({**ROW, "text": "\ud83d"})], (), "rows.jsonl:1: holds half a character"),
         (["{'token': ['a'], 'relation': 'None'"], (), "rows.jsonl:1: not an MNRE line"),
         (['[{"token": ["a"]}]'], (), "rows.jsonl: item 1: not a JMERE row"),
         (["[broken"], (), "begins like a JMERE file"),

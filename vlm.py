@@ -909,7 +909,8 @@ class Run:
                 shutil.rmtree(path)
         for name in (".best.new", ".best.old"):
             shutil.rmtree(self.out / name, ignore_errors=True)
-        for path in [*self.out.glob(".*.tmp*"), *self.out.glob("*/.*.tmp*"), self.out / ".last.new"]:
+        converters = [*self.out.glob("zero_to_*.py"), *self.out.glob(".step-*/zero_to_*.py")]  # DeepSpeed's: useless without frozen weights
+        for path in [*converters, *self.out.glob(".*.tmp*"), *self.out.glob("*/.*.tmp*"), self.out / ".last.new"]:
             path.unlink(missing_ok=True)
 
     def _cut(self, path):
@@ -943,8 +944,6 @@ class Run:
             link.unlink(missing_ok=True)
             link.symlink_to(name)
             os.replace(link, self.out / "last")
-            for path in [*self.out.glob("zero_to_*.py"), *self.out.glob(f"{name}/zero_to_*.py")]:
-                path.unlink()  # DeepSpeed's converters, of no use without the frozen weights
             self._sweep()
         self.ranks.barrier()
 

@@ -110,7 +110,7 @@ def run(folder, points, seed=0, scripts=("03_sft", "04_grpo"), say=print):
         shutil.rmtree(whole, ignore_errors=True)
         answer = zygote.run(script, command(script, inputs, whole, adapter), f"{whole}.log")
         assert answer["code"] == 0, answer["text"]
-        expected, kills = contents(whole), 0
+        expected, kills, before = contents(whole), 0, wrong
         say(f"{script}: uninterrupted {answer['seconds']} s, {answer['events']} file operations", flush=True)
         for number in range(points):
             hits = []
@@ -123,7 +123,7 @@ def run(folder, points, seed=0, scripts=("03_sft", "04_grpo"), say=print):
             differ = [name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name)]
             kills, wrong = kills + sum(hits), wrong + bool(differ)
             say(f"{script} {number + 1:2}: {at} killed {hits} → {'bitwise equal' if not differ else f'DIFFERS in {differ}'}", flush=True)
-        say(f"{script}: {points} trials, {kills} kills, {wrong} differ; {len(expected)} things compared", flush=True)
+        say(f"{script}: {points} trials, {kills} kills, {wrong - before} differ; {len(expected)} things compared", flush=True)
         adapter = adapter or whole / "best"
     zygote.close()
     return wrong

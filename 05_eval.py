@@ -14,6 +14,7 @@ Deviations and decisions:
     python    05_eval.py --predictions runs/test/predictions.jsonl                 # score again, no model
     python    05_eval.py --predictions eega.jsonl --data test.json --out runs/eega # another system's quintuples
     python    05_eval.py --api --model gpt-4o-2024-11-20 --data test.json --image-dir img --out runs/gpt4o --price 2.5 10 --dry-run
+    python    05_eval.py --merge merged/ --model Qwen/Qwen2.5-VL-7B-Instruct --adapter runs/grpo/best   # one model, for servers
     python    05_eval.py --compare SFT=runs/sft-test JMERE-R1=runs/test --out runs/table1   # the paper's tables, differences, p
 
 Reads:  --data, any of the three formats; without gold it is prediction only
@@ -84,6 +85,7 @@ def parse_args(argv=None):
     g.add_argument("--predictions", help="score this stored file; no model is loaded")
     g.add_argument("--out", help="output folder; with --predictions it may be absent: tables on screen only")
     g.add_argument("--compare", nargs="+", metavar="[NAME=]RUN", help="stored predictions (file or --out folder) against the first of them")
+    g.add_argument("--merge", metavar="FOLDER", help="write --model + --adapter as one model into FOLDER, prove it equal, and end [ours]")
     g.add_argument("--report", action="store_true", help="write OUT/report.html, one page that opens from disk [ours]")
     g.add_argument("--report-examples", type=int, default=500, help="tweets shown on that page, 15 kB each [ours]")
     g.add_argument("--fresh", action="store_true", help="delete the predictions stored in --out first")
@@ -115,7 +117,9 @@ def parse_args(argv=None):
     stored_only = args.predictions or args.compare
     if stored_only and (args.model or args.adapter or args.prompt or args.api):
         p.error("--predictions and --compare score what is stored: --model, --adapter, --prompt and --api do not apply")
-    if not stored_only and not (args.model and args.data and args.out):
+    if args.merge and not (args.model and args.adapter):
+        p.error("--merge needs --model and --adapter")
+    if not stored_only and not args.merge and not (args.model and args.data and args.out):
         p.error("give --model, --data and --out to predict, --predictions FILE to score, or --compare A B")
     if min(args.samples, args.batch_rows, args.resamples, args.subsets, args.max_new_tokens, 1 if args.limit is None else args.limit) < 1:
         p.error("--samples, --batch-rows, --resamples, --subsets, --max-new-tokens and --limit start at 1")
@@ -736,6 +740,14 @@ def write_report(args, out, path, examples, predictions, finals, metrics):
 
 @common.cli
 def main(args):
+    if args.merge:
+        import vlm
+
+        proof = vlm.merge(args.model, args.adapter, args.merge)
+        print("{}: merged in {dtype}; logits differ from base + adapter by {difference:.1e} of the largest".format(args.merge, **proof))
+        print("allowed {tolerance:.0e}; without the adapter they would differ by {effect:.1e}".format(**proof))
+        return None
+
     # 1. The tweets
     out, known, examples = args.out and Path(args.out), None, None
     if args.data:

@@ -276,6 +276,21 @@ def test_sft_then_grpo_then_eval(arch, tiny, world, tmp_path):
     assert first["id"] == example.id and first["responses"][0]["text"] == text
 
 
+def test_merge_writes_one_model_and_proves_it(tiny, tmp_path):
+    model, processor = vlm.load(str(tiny("llava")))
+    model = vlm.add_lora(model, 4, 8)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)  # B starts at 0: an adapter that was never trained is refused
+    vlm.save_adapter(model, processor, tmp_path / "best", "reason")
+    merge = ("05_eval.py", "--model", tiny("llava"), "--adapter", tmp_path / "best", "--merge", tmp_path / "merged")
+    _, stdout, _ = run_script(*merge)
+    assert "merged in float32" in stdout and "allowed 1e-04" in stdout
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+    code, _, stderr = run_script(*merge, fails=True)
+    assert code == 2 and "exists already" in stderr
+
+
 def test_only_rl_and_answer_sft(tiny, world, tmp_path):
     model, lora = tiny("qwen2_5_vl"), ("--lora-rank", 4, "--lora-alpha", 8)
     data = ("--data", world / "train.jsonl", "--limit", 4, "--epochs", 1, "--batch-size", 1)

@@ -9,15 +9,20 @@
 # DEMO_VENV virtual environment to use; by default .venv is created and requirements.txt installed into it
 # RANKS     processes of 03, 04 and 05 (default 1)
 # TRAIN, VAL, TEST   examples of each split;  SEED
-# EPOCHS_SFT, EPOCHS_RL, SFT_LR, RL_LR, TEMPERATURE, TOKENS   what a model of two million parameters needs; the paper's values are the defaults of 03 and 04
+# EPOCHS_SFT, EPOCHS_RL, SFT_LR, RL_LR, TEMPERATURE, TOKENS   for two million parameters; the defaults of 03 and 04 are the paper's
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 ARCH=${ARCH:-qwen2_5_vl}
 WORK=${WORK:-runs/demo-$ARCH}
 RANKS=${RANKS:-1}
-TRAIN=${TRAIN:-120} VAL=${VAL:-24} TEST=${TEST:-80} SEED=${SEED:-0}
-EPOCHS_SFT=${EPOCHS_SFT:-12} EPOCHS_RL=${EPOCHS_RL:-4} SFT_LR=${SFT_LR:-4e-3} RL_LR=${RL_LR:-2e-4} TEMPERATURE=${TEMPERATURE:-0.6} TOKENS=${TOKENS:-160}
+MODEL=demo/base-$ARCH SEED=${SEED:-0}
+if [ -f "$MODEL/model.safetensors" ]; then # it can see and copy: enough examples and steps to learn the task
+  TRAIN=${TRAIN:-120} VAL=${VAL:-24} TEST=${TEST:-80} EPOCHS_SFT=${EPOCHS_SFT:-12} EPOCHS_RL=${EPOCHS_RL:-2} TOKENS=${TOKENS:-160}
+else # weights at random can learn nothing from a few examples: only show that all of it runs
+  TRAIN=${TRAIN:-40} VAL=${VAL:-8} TEST=${TEST:-16} EPOCHS_SFT=${EPOCHS_SFT:-2} EPOCHS_RL=${EPOCHS_RL:-1} TOKENS=${TOKENS:-96}
+fi
+SFT_LR=${SFT_LR:-4e-3} RL_LR=${RL_LR:-2e-4} TEMPERATURE=${TEMPERATURE:-0.6}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export OPENAI_API_KEY=demo # any key will do: the teacher is ours
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -46,7 +51,6 @@ mkdir -p "$WORK"
 run python demo/world.py --out "$WORK/world" --train "$TRAIN" --val "$VAL" --test "$TEST" --seed "$SEED"
 
 step "2. the model: a tiny $ARCH"
-MODEL=demo/base-$ARCH
 if [ -f "$MODEL/model.safetensors" ]; then
   echo "$MODEL: learnt to see and to copy, nothing else (demo/make_base.py --train)"
 else

@@ -482,8 +482,10 @@ def _folded(model):
 
 
 @torch.no_grad()
-def sample(model, processor, prompts, n, max_new_tokens, temperature, top_p=1.0, keys=None):
+def sample(model, processor, prompts, n, max_new_tokens, temperature, top_p=1.0, keys=None, part=None):
     """n responses to each Prompt → list (a prompt) of lists of Sample. Prefills each prompt once.
+
+    part: (first, last) of the n responses, where all of them would not fit: only these are drawn, and they are the same.
 
     keys: one hashable value a prompt; its responses are a function of it (seed, step, id), whatever the batch or the rank.
     temperature 0 is greedy. No top-k. Image ids are never drawn; every stop id ends a response.
@@ -492,7 +494,9 @@ def sample(model, processor, prompts, n, max_new_tokens, temperature, top_p=1.0,
     base = _base(model)
     device = base.lm_head.weight.device
     stops, images = torch.tensor(stop_ids(model, processor), device=device), image_ids(model)
-    noise = torch.cat([uniforms(n, max_new_tokens, key) for key in keys or range(len(prompts))]).to(device) if temperature else None
+    draws, (start, end) = keys or range(len(prompts)), part or (0, n)
+    noise = torch.cat([uniforms(n, max_new_tokens, key)[start:end] for key in draws]).to(device) if temperature else None
+    n = end - start
 
     with _folded(model):
         # 1. Prefill: all prompts in one row, nothing padded.
@@ -549,9 +553,11 @@ def generate(model, processor, items, n=1, max_new_tokens=2048, temperature=0.8,
     for start in range(0, len(order), size):
         chunk = order[start : start + size]
         prompts = encode(model, processor, [items[i] for i in chunk])
-        groups = sample(model, processor, prompts, n, max_new_tokens, temperature, top_p, [keys[i] for i in chunk])
-        for i, samples in zip(chunk, groups):
-            results[i] = samples
+        for first in range(0, n, batch_rows):  # more than one part only where a single prompt has more responses than fit
+            part = first, min(first + batch_rows, n)
+            groups = sample(model, processor, prompts, n, max_new_tokens, temperature, top_p, [keys[i] for i in chunk], part)
+            for i, samples in zip(chunk, groups):
+                results[i] = (results[i] or []) + samples
         if progress is not None:
             progress.update(len(chunk))
     return results

@@ -171,6 +171,8 @@ def test_a_response_depends_on_its_key_alone(loaded):
     alone = vlm.generate(model, processor, items[1:], n=3, max_new_tokens=8, temperature=1.0, keys=["b"], batch_rows=1)
     assert [s.ids for s in together[1]] == [s.ids for s in alone[0]]
     assert len({tuple(s.ids) for s in together[0]}) > 1
+    parts = vlm.generate(model, processor, items[1:], n=3, max_new_tokens=8, temperature=1.0, keys=["b"], batch_rows=2)
+    assert [s.ids for s in parts[0]] == [s.ids for s in alone[0]]
 
 
 def test_sampling_follows_the_distribution():

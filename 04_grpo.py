@@ -165,6 +165,8 @@ def row_positions(rows, prompt_sizes, lengths, shared_prefix):
 
 
 def load_data(args):
+    if args.adapter and vlm.adapter_prompt(args.adapter) != "reason":
+        raise common.InputError(f"--adapter {args.adapter}: trained with the direct prompt; GRPO needs 03_sft.py --target cot")
     train = common.load_examples(args.data, args.image_dir, need=("quintuples",), skip_bad=args.skip_bad)[: args.limit]
     val = (
         common.load_examples(args.val, args.image_dir, need=("quintuples",), skip_bad=args.skip_bad)[: args.eval_limit] if args.val else []
@@ -177,8 +179,6 @@ def load_policy(args, dtype, device):
     model, processor = vlm.load(args.model, dtype, device)
     if args.adapter is None:
         return vlm.add_lora(model, args.lora_rank, args.lora_alpha), processor
-    if vlm.adapter_prompt(args.adapter) != "reason":
-        raise common.InputError(f"--adapter {args.adapter}: trained with the direct prompt; GRPO needs 03_sft.py --target cot")
     model = vlm.load_adapter(model, args.adapter, trainable=True)
     model = vlm.load_adapter(model, args.adapter, name="reference")
     return vlm.no_dropout(vlm.check_lora(model)), processor  # the SFT adapter may have been trained with some

@@ -733,7 +733,10 @@ def make_engine(model, args, config, micro_steps):
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainable = [parameter for parameter in check_lora(model).parameters() if parameter.requires_grad]
-    return deepspeed.initialize(model=model, model_parameters=trainable, config=config, dist_init_required=False)[0]
+    engine = deepspeed.initialize(model=model, model_parameters=trainable, config=config, dist_init_required=False)[0]
+    # DeepSpeed's own exclude_frozen_parameters keeps one of two tied weights: the whole head in every checkpoint
+    engine.module_state_dict = lambda **_: {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+    return engine
 
 
 def check_arguments(args, rows=None, examples=None):

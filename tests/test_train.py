@@ -320,7 +320,7 @@ def test_bad_input_is_one_line(tiny, world, tmp_path):
         ("04_grpo.py", {"--data": tmp_path / "no_gold.jsonl"}, "no_gold.jsonl:1: missing 'quintuples'"),
         ("04_grpo.py", {"--model": tmp_path / "nothing"}, "not a model folder, nor a hub model"),
         ("04_grpo.py", {"--adapter": world}, "no adapter_config.json in it"),
-        ("04_grpo.py", {"--group-size": 1}, "needs at least 2 responses"),
+        ("04_grpo.py", {"--group-size": 1}, "--group-size 1: expected at least 2"),
         ("04_grpo.py", {"--val": tmp_path / "none.jsonl"}, "none.jsonl: cannot read (No such file or directory)"),
     ]
     for script, change, message in wrong:

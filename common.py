@@ -1235,7 +1235,7 @@ def _ask_batches(client, todo, out, finish, collect):
                     reply, *_ = client.verdict(response.get("status_code"), content, "no answer", job.n - out.done[job.key])
                     if reply:
                         out.add(client, job, reply, finish)
-                except CallFailed as error:
+                except (CallFailed, Stopped) as error:  # one line of a file that is paid for: the others count
                     fail(job, error)
 
     try:

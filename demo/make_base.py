@@ -77,6 +77,7 @@ def parse_args(argv=None):
     parser.add_argument("--out", required=True, help="folder to write [ours]")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights and of the training [ours]")
     parser.add_argument("--train", type=int, metavar="STEPS", help="learn to see and to copy for so many steps [ours: none]")
+    parser.add_argument("--see", type=int, default=200, metavar="STEPS", help="of 64 pictures: the vision tower's own schooling [ours]")
     parser.add_argument("--stop-after", type=int, metavar="STEP", help="of the schedule of --train [ours: its end]")
     parser.add_argument("--init", help="go on from the weights of this folder, with a new optimizer [ours: from --seed's weights]")
     parser.add_argument("--tokens", type=int, default=4000, help="of a step, padding included [ours]")
@@ -412,6 +413,47 @@ class Pictures:
         return {"pixel_values": pixels.flatten(0, 1), "image_grid_thw": torch.tensor([[1, side, side]] * len(scenes))}
 
 
+def facts(scene):
+    """{(quarter of the picture, what is asked): answer}: all that a scene shows."""
+    figures = {"left": scene.left, "right": scene.right, "poster": scene.poster}
+    found = {(place, key): getattr(figure, key, None) for place, figure in figures.items() for key in ("kind", "colour")}
+    return found | {("sign", "kind"): scene.sign, ("sign", "night"): scene.night}
+
+
+def is_vision(name):
+    return "visual." in name or "vision_tower." in name or "multi_modal_projector." in name
+
+
+def see(model, pictures, scenes, args, batch=64):
+    """School the vision tower before it meets a word, as CLIP's was: linear heads, thrown away after, name what each quarter shows."""
+    rng, places, answers = random.Random(f"see:{args.seed}"), list(world.QUARTERS), {}
+    for scene in scenes:
+        for fact, answer in facts(scene).items():
+            answers.setdefault(fact, {}).setdefault(answer, len(answers[fact]))
+    heads = {fact: torch.nn.Linear(model.config.get_text_config().hidden_size, len(known)) for fact, known in answers.items()}
+    tower = [parameter for name, parameter in model.named_parameters() if is_vision(name)]
+    optimizer = torch.optim.AdamW([*tower, *(p for head in heads.values() for p in head.parameters())], betas=(0.9, 0.98))
+    bar = tqdm(range(args.see), desc="see", unit="step", disable=None)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1, (step + 1) / 60) * (1 + math.cos(math.pi * step / args.see)) / 2
+        drawn = rng.choices(scenes, k=batch)
+        features = torch.stack(list(model.model.get_image_features(**pictures.batch(rng, drawn)).pooler_output))  # [B, tokens, D]
+        half = int(features.shape[1] ** 0.5) // 2
+        quarters = features.unflatten(1, (2, half, 2, half)).mean((2, 4)).flatten(1, 2)  # [B, 4, D]
+        loss, right = 0.0, torch.ones(batch, dtype=torch.bool)
+        for (place, key), known in answers.items():
+            logits = heads[place, key](quarters[:, places.index(place)])
+            target = torch.tensor([known[facts(scene)[place, key]] for scene in drawn])
+            loss, right = loss + torch.nn.functional.cross_entropy(logits, target), right & (logits.argmax(-1) == target)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(tower, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % 100 == 0:
+            tqdm.write(f"see, step {step + 1}: loss {loss.item():.3f}, all seen in {right.float().mean():.2f} of the pictures", file=sys.stdout)
+
+
 def forward(model, pictures, rng, rows):
     """rows [(scene, ids, weights)] → logits [T, V] that predict the answers' tokens, targets [T], row of each [T]."""
     longest = max(len(ids) for _, ids, _ in rows)
@@ -429,8 +471,10 @@ def forward(model, pictures, rng, rows):
 def learn(model, chat, pictures, scenes, args):
     """Train all weights of `model`. Conversations get longer: seeing and near copies first, then from afar."""
     rng = random.Random(f"learn:{args.seed}")
-    decay = [p for p in model.parameters() if p.dim() > 1]
-    plain = [p for p in model.parameters() if p.dim() <= 1]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not is_vision(name))
+    decay = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
+    plain = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
     groups = [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
     model.train()
@@ -514,7 +558,10 @@ def main(args):
             model.load_state_dict(earlier.state_dict())  # same tokenizer: it depends on no seed
         chat, scenes = Chat(args.arch, AutoTokenizer.from_pretrained(args.out)), world.scenes()
         pictures = Pictures(args.arch, args.out, args.seed)
-        seconds = learn(model, chat, pictures, [scene for i, scene in enumerate(scenes) if i % 10], args)
+        seen = [scene for i, scene in enumerate(scenes) if i % 10]
+        if not args.init:
+            see(model, pictures, seen, args)
+        seconds = learn(model, chat, pictures, seen, args)
         save(model, args.out)
         held_out = check(model, chat, pictures, scenes[::10], seed=2)
         steps = min(args.train, args.stop_after or args.train)

@@ -45,16 +45,16 @@ def test_same_rows_as_live(tmp_path):
 
 
 def test_lost_expired_and_failed_lines_are_sent_again(tmp_path):
-    """Lines missing from both files, expired, 500 and 429 come in the second batch; 400 is final; a filter is an answer."""
-    faults = ["missing", "expired", "500", "429", "400", "400-filter", None]
+    """Lines missing from both files, expired, 500 and 429 come in the second batch; 400 and 401 are final; a filter is an answer."""
+    faults = ["missing", "expired", "500", "429", "400", "400-filter", None, "401"]
     with FakeOpenAI(echo) as server:
         server.batch_fault = lambda number: faults[number] if number < len(faults) else None
-        assert ask(server, tmp_path / "o.jsonl", "collect") == 1
-        assert [len(server.files[batch["input_file_id"]].splitlines()) for batch in server.batches.values()] == [7, 4]
+        assert ask(server, tmp_path / "o.jsonl", "collect", count=8) == 2
+        assert [len(server.files[batch["input_file_id"]].splitlines()) for batch in server.batches.values()] == [8, 4]
     rows = unordered(tmp_path / "o.jsonl")
     assert [row["id"] for row in rows] == [f"j{i}" for i in (0, 0, 1, 1, 2, 2, 3, 3, 5, 5, 6, 6)]
     assert {row["status"] for row in rows if row["id"] == "j5"} == {"content_filter"}
-    assert [row["id"] for row in rows_of(tmp_path / "o.errors.jsonl")] == ["j4"]
+    assert [row["id"] for row in rows_of(tmp_path / "o.errors.jsonl")] == ["j4", "j7"]
 
 
 def test_a_line_that_never_comes_has_an_end(tmp_path):

@@ -48,6 +48,11 @@ def parse_args(argv=None):
     group.add_argument(
         "--temperature", type=float, default=1.0, help="of sampling and of the log-probs [ours: samples of the policy itself]"
     )
+    group.add_argument(
+        "--static-cache",
+        action="store_true",
+        help="shapes that stay in sampling, CUDA graphs on a GPU; never run on one [ours: off]",
+    )
     group.add_argument("--limit", type=int, help="train on the first N examples [ours: all]")
     group = parser.add_argument_group("algorithm")
     group.add_argument("--alpha", type=float, default=0.2, help="weight of the partial reward, Eq. 5; 0 is the ablation [paper App. A]")
@@ -225,7 +230,8 @@ def main(args):
         with ranks.together():
             prompts = vlm.encode(model, processor, [(vlm.PROMPTS["reason"].format(text=example.text), example.image) for example in batch])
             keys = [(args.seed, step, place) for place in places]  # KEEP: the place in the whole batch: ranks do not change the samples
-            samples = vlm.sample(model, processor, prompts, args.group_size, args.max_new_tokens, args.temperature, keys=keys)
+            drawing = args.group_size, args.max_new_tokens, args.temperature
+            samples = vlm.sample(model, processor, prompts, *drawing, keys=keys, static=args.static_cache)
             sampled = time.perf_counter()
 
             # 3b. Rewards and advantages. VARIANT: any function of (response text, gold) that returns its parts by name

@@ -100,6 +100,11 @@ def parse_args(argv=None):
     g.add_argument("--samples", type=int, default=1, help="responses per tweet, 100 in Figure 5 [paper §4]")
     g.add_argument("--top-p", type=float, default=1.0, help="[ours: not stated, so none]")
     g.add_argument("--max-new-tokens", type=int, default=2048, help="[paper §4]")
+    g.add_argument(
+        "--static-cache",
+        action="store_true",
+        help="fixed shapes, CUDA graphs on a GPU; never run on one [ours: off]",
+    )
     g.add_argument("--batch-rows", type=int, default=64, help="responses decoded together; changes speed, not answers [ours: fits 80 GB]")
     g = p.add_argument_group("scoring")
     g.add_argument("--vote", choices=("set", "tuple"), default="set", help="how several responses become one answer [paper §4; rule ours]")
@@ -247,6 +252,7 @@ def predict(args, examples, known, out):
             model, processor = vlm.load(args.model, vlm.DTYPES[settings["dtype"]], ranks.device)
             model = vlm.load_adapter(model, args.adapter) if args.adapter else model
             sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p}
+            sampling |= {"static": args.static_cache}
             part, size = out / f"predictions.rank{ranks.rank}.jsonl", max(1, args.batch_rows // args.samples)
             bar = tqdm(total=len(todo), unit="tweet", disable=not ranks.main or None)
             with common.AppendFile(part) as file, bar:

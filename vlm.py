@@ -368,11 +368,12 @@ class Decoding:
     """Caches of N responses that grow a token at a time: B prompts' keys and values, each held once, and every response's own.
 
     Scores of all responses to a prompt are one matrix product with its keys; one softmax goes over prompt and response.
+    static: shapes stay as they are from token to token, so that a CUDA graph can repeat them; places not yet filled are masked.
     """
 
-    GROW = 64  # tokens
+    GROW = {False: 64, True: 256}  # tokens; static: a graph lives as long
 
-    def __init__(self, kept, sizes, n):
+    def __init__(self, kept, sizes, n, static=False):
         def by_prompt(x):  # [1, Hkv, ΣP, d] → [B, Hkv, P, d]
             return pad_sequence([part.transpose(0, 1) for part in x[0].split(sizes, 1)], batch_first=True).transpose(1, 2)
 
@@ -380,7 +381,8 @@ class Decoding:
         device = kept[0][0].device
         self.hole = torch.arange(max(sizes), device=device) >= torch.tensor(sizes, device=device)[:, None]  # [B, P]
         self.own = [p.new_empty(2, len(sizes) * n, p.shape[2], 0, p.shape[4]) for p in self.prefix]  # a layer: [2, N, Hkv, C, d]
-        self.step = -1
+        self.grow, self.static, self.step = self.GROW[static], static, -1
+        self.at, self.places = torch.full((1,), -1, device=device), None  # static: the token's place, and all places
         self._arrange(torch.arange(len(sizes), device=device).repeat_interleave(n))
 
     def _arrange(self, owner):
@@ -410,20 +412,24 @@ class Decoding:
         self._arrange(owner)
 
     def advance(self):
-        self.step += 1
-        if self.step % self.GROW == 0:
-            self.own = [pad(own, (0, 0, 0, self.GROW)) for own in self.own]
+        self.step, self.at = self.step + 1, self.at.add_(1)
+        if self.step % self.grow == 0:
+            self.own = [pad(own, (0, 0, 0, self.grow)) for own in self.own]
+            self.places = torch.arange(self.own[0].shape[3], device=self.at.device)
 
     def __call__(self, layer, query, key, value):
         """query [N, H, 1, d], key and value [N, Hkv, 1, d] → [N, H, 1, d]"""
-        self.own[layer][:, :, :, self.step] = torch.stack([key, value])[:, :, :, 0]
-        own_key, own_value = self.own[layer][:, :, :, : self.step + 1]  # [N, Hkv, C, d]
+        own_key, own_value = self.own[layer].index_copy_(3, self.at, torch.stack([key, value]))  # [N, Hkv, C, d]
+        if not self.static:
+            own_key, own_value = own_key[:, :, : self.step + 1], own_value[:, :, : self.step + 1]
         prefix_key, prefix_value = self.prefix[layer]  # [B, Hkv, P, d]
         query = query.unflatten(1, (key.shape[1], -1))[:, :, :, 0] * query.shape[-1] ** -0.5  # [N, Hkv, H/Hkv, d]
         shared = self._spread(query) @ prefix_key.transpose(2, 3)  # [B, Hkv, width·H/Hkv, P]
         shared = self._collect(shared.masked_fill(self.hole[:, None, None], -torch.inf))  # [N, Hkv, H/Hkv, P]
-        scores = torch.cat([shared, query @ own_key.transpose(2, 3)], -1).softmax(-1, dtype=torch.float32).to(value.dtype)
-        shared, own = scores.split([prefix_key.shape[2], self.step + 1], -1)
+        own = query @ own_key.transpose(2, 3)  # [N, Hkv, H/Hkv, C]
+        own = own.masked_fill(self.places > self.at, -torch.inf) if self.static else own
+        scores = torch.cat([shared, own], -1).softmax(-1, dtype=torch.float32).to(value.dtype)
+        shared, own = scores.split([prefix_key.shape[2], own.shape[-1]], -1)
         out = self._collect(self._spread(shared) @ prefix_value) + own @ own_value  # [N, Hkv, H/Hkv, d]
         return out.flatten(1, 2)[:, :, None]
 
@@ -436,6 +442,32 @@ def _decoder(base, embeds, positions, layout):
     return decoder(
         inputs_embeds=embeds, attention_mask=unused, position_ids=_as_rope(positions), use_cache=False, layout=layout
     ).last_hidden_state
+
+
+def _token(base, cache, tokens, position):
+    """[N] token ids, [N, 3 or 1, 1] → their last hidden state [N, D]; the cache takes them in."""
+    return _decoder(base, base.get_input_embeddings()(tokens[:, None]), position, cache)[:, 0]
+
+
+class GraphedToken:
+    """_token with a static cache as a CUDA graph: captured anew where rows have left or the cache has grown, replayed between."""
+
+    def __init__(self):
+        self.shape = None
+
+    def __call__(self, base, cache, tokens, position):
+        if self.shape != (shape := (len(tokens), cache.own[0].shape[3])):
+            self.shape, self.graph, self.inputs = shape, torch.cuda.CUDAGraph(), (tokens.clone(), position.clone())
+            with torch.cuda.stream(side := torch.cuda.Stream()):  # a run before the capture, as CUDA graphs ask for
+                side.wait_stream(torch.cuda.default_stream())
+                _token(base, cache, *self.inputs)
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(self.graph):
+                self.hidden = _token(base, cache, *self.inputs)
+        for held, new in zip(self.inputs, (tokens, position)):
+            held.copy_(new)
+        self.graph.replay()
+        return self.hidden
 
 
 # ------------------------------------------------------------------------------------------------ sampling
@@ -482,13 +514,14 @@ def _folded(model):
 
 
 @torch.no_grad()
-def sample(model, processor, prompts, n, max_new_tokens, temperature, top_p=1.0, keys=None, part=None):
+def sample(model, processor, prompts, n, max_new_tokens, temperature, top_p=1.0, keys=None, part=None, static=False):
     """n responses to each Prompt → list (a prompt) of lists of Sample. Prefills each prompt once.
 
     part: (first, last) of the n responses, where all of them would not fit: only these are drawn, and they are the same.
 
     keys: one hashable value a prompt; its responses are a function of it (seed, step, id), whatever the batch or the rank.
     temperature 0 is greedy. No top-k. Image ids are never drawn; every stop id ends a response.
+    static: shapes that stay, on a GPU as CUDA graphs; rows that are done leave once half are. The same responses.
     """
     assert not model.training, "sampling in train() mode gives wrong text under gradient checkpointing"
     base = _base(model)
@@ -505,28 +538,30 @@ def sample(model, processor, prompts, n, max_new_tokens, temperature, top_p=1.0,
         positions = torch.cat([p.positions for p in prompts], 1)[None]  # [1, 3, ΣP]
         hidden = _decoder(base, torch.cat([p.embeds for p in prompts])[None], positions, layout)[0]  # [ΣP, D]
         hidden = hidden[torch.tensor(sizes, device=device).cumsum(0) - 1].repeat_interleave(n, 0)  # [N, D]
-        cache = Decoding(layout.kept, sizes, n)
+        cache = Decoding(layout.kept, sizes, n, static)
+        token_step = GraphedToken() if static and device.type == "cuda" else _token
         del layout
 
         # 2. Decode all N = B·n rows together; rows that are done leave the batch.
         first = torch.stack([p.positions.max() + 1 for p in prompts]).repeat_interleave(n)  # [N] position of the first response token
         rows, drawn = torch.arange(len(first), device=device), [[] for _ in range(len(first))]
+        going = torch.ones_like(rows, dtype=torch.bool)
         for step in range(max_new_tokens):
             logits = base.lm_head(hidden).float()  # [N, V]
             logits[:, images] = -torch.inf
             tokens = _draw(logits, temperature, top_p, noise[rows, step] if temperature else None)  # [N]
-            for row, token in zip(rows.tolist(), tokens.tolist()):
+            for row, token in zip(rows[going].tolist(), tokens[going].tolist()):
                 drawn[row].append(token)
-            going = ~torch.isin(tokens, stops)
+            going = going & ~torch.isin(tokens, stops)
             if step == max_new_tokens - 1 or not going.any():
                 break
-            if not going.all():
+            if going.sum() < len(going) / (2 if static else 1):
                 keep = going.nonzero()[:, 0]
-                rows, tokens = rows[keep], tokens[keep]
+                rows, tokens, going = rows[keep], tokens[keep], going[keep]
                 cache.keep(keep)
             cache.advance()
             position = (first[rows] + step)[:, None, None].expand(-1, positions.shape[1], 1)  # [N, 3, 1]
-            hidden = _decoder(base, base.get_input_embeddings()(tokens[:, None]), position, cache)[:, 0]
+            hidden = token_step(base, cache, tokens, position)
     ends = set(stops.tolist())
     samples = [Sample(decode(processor, ids), ids, ids[-1] in ends) for ids in drawn]
     return [samples[i : i + n] for i in range(0, len(samples), n)]
@@ -545,7 +580,9 @@ def _draw(logits, temperature, top_p, noise):
     return torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
-def generate(model, processor, items, n=1, max_new_tokens=2048, temperature=0.8, top_p=1.0, keys=None, batch_rows=64, progress=None):
+def generate(
+    model, processor, items, n=1, max_new_tokens=2048, temperature=0.8, top_p=1.0, keys=None, batch_rows=64, progress=None, static=False
+):
     """sample() for any number of (prompt text, image path): longest prompts first, at most `batch_rows` rows at once. In order of items."""
     keys = list(keys) if keys is not None else list(range(len(items)))
     order = sorted(range(len(items)), key=lambda i: -len(items[i][0]))
@@ -555,7 +592,7 @@ def generate(model, processor, items, n=1, max_new_tokens=2048, temperature=0.8,
         prompts = encode(model, processor, [items[i] for i in chunk])
         for first in range(0, n, batch_rows):  # more than one part only where a single prompt has more responses than fit
             part = first, min(first + batch_rows, n)
-            groups = sample(model, processor, prompts, n, max_new_tokens, temperature, top_p, [keys[i] for i in chunk], part)
+            groups = sample(model, processor, prompts, n, max_new_tokens, temperature, top_p, [keys[i] for i in chunk], part, static)
             for i, samples in zip(chunk, groups):
                 results[i] = (results[i] or []) + samples
         if progress is not None:

@@ -1,4 +1,4 @@
-"""What a GRPO step costs: ours, ours without the shared prefix, and TRL's GRPOTrainer on the same tiny VLM, side by side.
+r"""What a GRPO step costs: ours, ours without the shared prefix, and TRL's GRPOTrainer on the same tiny VLM, side by side.
 
 One step = encode, sample, reference pass, policy forward and backward, AdamW; B prompts, G responses of exactly C tokens each.
 Same weights, images, prompts, LoRA, KL and update; every measurement is a process of its own (a warm-up step of 2 tokens, then one
@@ -12,6 +12,9 @@ Gradient checkpointing is off, use_bias_correction_kl is False (our k3), a group
     python bench/bench_grpo.py --prompt-tokens 512 --completion-tokens 128 --group-size 8 --prompts 4          # one row
     python bench/bench_grpo.py --group-size 2 4 8 16 32 --prompt-tokens 128 384 768 --completion-tokens 128 --ways ours plain   # a table
     python bench/bench_grpo.py --arch llava --hidden 64 --layers 2 --vocab 1000 --prompt-tokens 160 --completion-tokens 16 --rounds 1
+    # the 7B's shape with random weights, on a GPU of 80 GB
+    python bench/bench_grpo.py --device cuda --dtype bf16 --static-cache --hidden 3584 --layers 28 --heads 28 --kv-heads 4 --ffn 18944 \
+      --vocab 152064 --lora-rank 128 --prompt-tokens 700 --completion-tokens 256 --group-size 8 --prompts 2
 
 Reads:  nothing; needs `trl` and `datasets` for --ways trl.
 Writes: OUT, if given: a line {"way": "ours", "P": 512, "C": 128, "G": 8, "B": 4, "cpu": 33.1, "wall": 34.0, "added_mib": 1490, …}
@@ -57,6 +60,9 @@ def parse_args(argv=None):
     group.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     group.add_argument("--rounds", type=int, default=3)
     group.add_argument("--threads", type=int, default=1)
+    group.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: wall-clock seconds, GPU memory; never run on one")
+    group.add_argument("--dtype", choices=tuple(vlm.DTYPES), default="fp32")
+    group.add_argument("--static-cache", action="store_true", help="as in 04_grpo.py")
     group.add_argument("--child", help=argparse.SUPPRESS)  # one measurement: {"way", "model", "P", "C", "G", "B"}
     return parser.parse_args(argv)
 
@@ -99,7 +105,7 @@ def make_items(processor, folder, count, tokens):
 
 def memory(peak=False):
     """MiB of this process (GPU: allocated), now or at most since reset_peak()."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 2**20
     field = "VmHWM:" if peak else "VmRSS:"
     return next(int(line.split()[1]) / 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
@@ -112,29 +118,37 @@ def settled_memory(model):
 
 
 def reset_peak():
-    torch.cuda.reset_peak_memory_stats() if torch.cuda.is_available() else Path("/proc/self/clear_refs").write_text("5")
+    torch.cuda.reset_peak_memory_stats() if torch.cuda.is_initialized() else Path("/proc/self/clear_refs").write_text("5")
+
+
+def now():
+    """CPU seconds; with a GPU, wall-clock seconds once it has done what it was given."""
+    if not torch.cuda.is_initialized():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Clock:
-    """CPU seconds of the parts of a step."""
+    """Seconds of the parts of a step."""
 
     def __init__(self):
-        self.parts, self.began = dict.fromkeys(PARTS, 0.0), (time.process_time(), time.perf_counter())
+        self.parts, self.began = dict.fromkeys(PARTS, 0.0), (now(), time.perf_counter())
 
     def timed(self, part, function):
         def call(*args, **kwargs):
             name = part() if callable(part) else part
-            start = time.process_time()
+            start = now()
             try:
                 return function(*args, **kwargs)
             finally:
                 if name:
-                    self.parts[name] += time.process_time() - start
+                    self.parts[name] += now() - start
 
         return call
 
     def row(self):
-        cpu, wall = time.process_time() - self.began[0], time.perf_counter() - self.began[1]
+        cpu, wall = now() - self.began[0], time.perf_counter() - self.began[1]
         self.parts["policy"] = cpu - self.parts["sampling"] - self.parts["reference"]  # and whatever else a step does
         return {"cpu": cpu, "wall": wall, **self.parts}
 
@@ -144,7 +158,7 @@ class Clock:
 
 def measure_ours(job, args, shared_prefix):
     grpo = importlib.import_module("04_grpo")
-    model, processor = vlm.load(job["model"])
+    model, processor = vlm.load(job["model"], vlm.DTYPES[args.dtype], args.device)
     torch.manual_seed(0)
     model = vlm.add_lora(model, args.lora_rank, args.lora_rank).eval()
     items = make_items(processor, job["model"], job["B"], job["P"])
@@ -156,7 +170,7 @@ def measure_ours(job, args, shared_prefix):
 
     def step(tokens, clock):
         prompts = clock.timed("sampling", vlm.encode)(model, processor, items)
-        samples = clock.timed("sampling", vlm.sample)(model, processor, prompts, job["G"], tokens, 1.0)
+        samples = clock.timed("sampling", vlm.sample)(model, processor, prompts, job["G"], tokens, 1.0, static=args.static_cache)
         for i in range(len(prompts)):
             with torch.no_grad(), vlm.reference(model):
                 ref_logps, _, _ = clock.timed("reference", logps_of)(prompts, samples, i)
@@ -185,7 +199,7 @@ def measure_trl(job, args):
 
     trl.trainer.utils._use_triton = lambda device: True  # the head on completion positions only, as on a GPU
     processor = vlm.load_processor(job["model"])
-    model = vlm.AutoModelForImageTextToText.from_pretrained(job["model"], dtype=torch.float32, attn_implementation="sdpa")
+    model = vlm.AutoModelForImageTextToText.from_pretrained(job["model"], dtype=vlm.DTYPES[args.dtype], attn_implementation="sdpa")
     items = make_items(processor, job["model"], job["B"], job["P"])
     data = Dataset.from_list([{"prompt": [{"role": "user", "content": text}], "image": Image.open(path)} for text, path in items])
     found = {}
@@ -211,8 +225,8 @@ def measure_trl(job, args):
 
     config = GRPOConfig(
         output_dir=tempfile.mkdtemp(dir=job["model"]),
-        use_cpu=not torch.cuda.is_available(),
-        bf16=False,
+        use_cpu=args.device == "cpu",
+        bf16=args.dtype == "bf16",
         gradient_checkpointing=False,
         per_device_train_batch_size=job["G"],
         gradient_accumulation_steps=job["B"],
@@ -240,15 +254,16 @@ def measure_trl(job, args):
 # ------------------------------------------------------------------------------------------------ the floor
 
 
-def matmul_rate():
-    """GFLOP/s of a large fp32 product on this machine, in CPU seconds of one thread set."""
-    a, b = torch.randn(2, 1024, 1024)
+def matmul_rate(args, n=1024):
+    """GFLOP/s of a large product on this machine."""
+    n = 8 * n if args.device == "cuda" else n
+    a, b = torch.randn(2, n, n, dtype=vlm.DTYPES[args.dtype], device=args.device)
     times = []
     for _ in range(5):
-        start = time.process_time()
+        start = now()
         a @ b
-        times.append(time.process_time() - start)
-    return 2 * 1024**3 / median(times) / 1e9
+        times.append(now() - start)
+    return 2 * n**3 / median(times) / 1e9
 
 
 def gflop(args, job):
@@ -277,7 +292,7 @@ def main(args):
     if args.child:
         return child(json.loads(args.child), args)
     torch.set_num_threads(args.threads)
-    rate = matmul_rate()
+    rate = matmul_rate(args)
     print(
         f"{args.arch}, {args.layers} × {args.hidden}, vocabulary {args.vocab}, {args.threads} threads; matmul {rate:.0f} GFLOP/s; medians"
     )

@@ -451,7 +451,7 @@ def see(model, pictures, scenes, args, batch=64):
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % 100 == 0:
-            tqdm.write(f"see, step {step + 1}: loss {loss.item():.3f}, all seen in {right.float().mean():.2f} of the pictures", file=sys.stdout)
+            tqdm.write(f"see, step {step + 1}: loss {loss.item():.3f}, all right in {right.float().mean():.2f}", file=sys.stdout)
 
 
 def forward(model, pictures, rng, rows):

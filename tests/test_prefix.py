@@ -23,7 +23,7 @@ def loaded(request, tiny, world):
     examples = common.load_examples(world / "train.jsonl", None, need=("quintuples",))
     items = [(common.REASON_PROMPT.format(text=examples[0].text), examples[0].image)]
     items.append((common.DIRECT_PROMPT.format(text=examples[1].text), examples[1].image))
-    return model, processor, items
+    return model.eval(), processor, items
 
 
 def decoder_config(model):
@@ -193,11 +193,12 @@ def test_reference_and_policy_start_bitwise_equal(loaded):
 # ------------------------------------------------------------------------------------------------ sampling
 
 
-def test_greedy_tokens_equal_generate(loaded, tiny):
+@pytest.mark.parametrize("static", [False, True])
+def test_greedy_tokens_equal_generate(loaded, static):
     """Four rows of two prompts of different length, LoRA on, against `generate` of a plain transformers model."""
     model, processor, items = loaded
     items = [*items, items[1], items[0]]
-    ours = vlm.generate(model, processor, items, n=2, max_new_tokens=80, temperature=0.0)
+    ours = vlm.generate(model, processor, items, n=2, max_new_tokens=80, temperature=0.0, static=static)
     config = decoder_config(model)
     try:
         config._attn_implementation = "sdpa"
@@ -212,13 +213,14 @@ def test_greedy_tokens_equal_generate(loaded, tiny):
         config._attn_implementation = vlm.SHARED_PREFIX
 
 
-def test_sampled_tokens_equal_a_loop_without_cache(loaded, monkeypatch):
+@pytest.mark.parametrize("static", [False, True])
+def test_sampled_tokens_equal_a_loop_without_cache(loaded, static, monkeypatch):
     """Ragged ends: many ids stop a response, so rows and whole prompts leave the batch at different steps."""
     model, processor, items = loaded
-    monkeypatch.setattr(vlm.Decoding, "GROW", 4)
+    monkeypatch.setattr(vlm.Decoding, "GROW", {False: 4, True: 4})
     monkeypatch.setattr(vlm, "stop_ids", lambda *_: list(range(0, 120)))
     prompts = vlm.encode(model, processor, [*items, items[0]])
-    groups = vlm.sample(model, processor, prompts, 4, 20, 1.0, keys=["a", "b", "c"])
+    groups = vlm.sample(model, processor, prompts, 4, 20, 1.0, keys=["a", "b", "c"], static=static)
     lengths = {len(sample.ids) for group in groups for sample in group}
     assert len(lengths) > 3 and all(s.finished == (s.ids[-1] < 120) for group in groups for s in group)
     base = vlm._base(model)

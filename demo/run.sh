@@ -7,7 +7,7 @@
 #
 # WORK      folder of everything made here (default runs/demo-$ARCH); run again, it goes on where it stood, delete it to start anew
 # DEMO_VENV virtual environment to use; by default .venv is created and requirements.txt installed into it
-# RANKS     processes of 03, 04 and 05 (default 1)
+# RANKS     processes of 03 and 04 (default 1);  PORT  of DeepSpeed (default 29500): two runs at once need two
 # TRAIN, VAL, TEST   examples of each split;  SEED
 # EPOCHS_SFT, EPOCHS_RL, SFT_LR, RL_LR, TEMPERATURE, TOKENS   what a model of two million parameters needs; the paper's values are the defaults of 03 and 04
 set -euo pipefail
@@ -72,7 +72,7 @@ URL=$(cat "$WORK/teacher.url")
 train() { # script OUT arguments…
   local script=$1 out=$2
   shift 2
-  run deepspeed --num_gpus "$RANKS" "$script" --model "$MODEL" --val "$WORK/world/val.jsonl" --out "$WORK/$out" --max-new-tokens "$TOKENS" "$@"
+  run deepspeed --num_gpus "$RANKS" --master_port "${PORT:-29500}" "$script" --model "$MODEL" --val "$WORK/world/val.jsonl" --out "$WORK/$out" --max-new-tokens "$TOKENS" "$@"
 }
 evaluate() { # OUT DATA arguments…
   local out=$1 data=$2

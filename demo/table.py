@@ -1,6 +1,8 @@
 """The table of paradigms (Table 1) from the metrics.json files that 05 left: quintuple P, R, F1, typed-entity F1, 95 % intervals.
 
     python demo/table.py zero-shot=runs/demo/test-zero JMERE-R1=runs/demo/test-grpo
+    python demo/table.py JMERE-R1=runs/a/test-grpo,runs/b/test-grpo     # several seeds: mean ± standard deviation over them
+    python demo/table.py --votes JMERE-R1=runs/a/vote,runs/b/vote       # what many responses are worth (Figure 5)
 
 Reads:  FOLDER/metrics.json of each NAME=FOLDER.  Writes: the table, to the screen.
 """
@@ -9,6 +11,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
@@ -16,23 +19,50 @@ import common
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER", help="a name for the row, and what 05 had as --out [ours]")
+    parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER[,…]", help="a name for the row, and what 05 had as --out [ours]")
+    parser.add_argument("--votes", action="store_true", help="F1@k instead, of runs with --samples [ours]")
     return parser.parse_args(argv)
 
 
-def row(name, folder):
-    path = Path(folder) / "metrics.json"
-    try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-        jmere, mner, responses = metrics["scores"]["jmere"], metrics["scores"]["mner"], metrics["responses"]
-        formed = responses["well_formed"] / responses["responses"]
-    except (OSError, ValueError, KeyError) as error:
-        raise common.InputError(
-            f"{path}: no scores to read ({type(error).__name__}: {error}): made by 05_eval.py on data with gold"
-        ) from None
-    low, high = jmere["f1_95"]
-    figures = [f"{100 * x:.1f}" for x in (jmere["precision"], jmere["recall"], jmere["f1"])]
-    return [name, *figures, f"{100 * low:.1f}–{100 * high:.1f}", f"{100 * mner['f1']:.1f}", f"{100 * formed:.0f}"]
+def scores(metrics):
+    """{column: figure} of one run; the interval as (low, high)."""
+    jmere, responses = metrics["scores"]["jmere"], metrics["responses"]
+    return {
+        "JMERE P": 100 * jmere["precision"],
+        "R": 100 * jmere["recall"],
+        "F1": 100 * jmere["f1"],
+        "95 % of F1": tuple(100 * x for x in jmere["f1_95"]),
+        "MNER F1": 100 * metrics["scores"]["mner"]["f1"],
+        "well formed": 100 * responses["well_formed"] / responses["responses"],
+    }
+
+
+def votes(metrics):
+    """{column: figure} of one run with many responses: F1@1, F1@2, F1@4, … and the spread of the responses."""
+    many = metrics["samples"]
+    curve = {k: 100 * f1 for k, f1, _ in many["f1_at_k"]}
+    shown = {f"F1@{k}": curve[k] for k in sorted({*(2**i for i in range(many["n"].bit_length())), many["n"]})}
+    rest = {"best of N": 100 * many["best_of_n"], "distinct answers": many["distinct_answers"], "paths": many["distinct_paths"]}
+    return shown | rest
+
+
+def row(name, folders, figures):
+    runs = []
+    for folder in folders:
+        path = Path(folder) / "metrics.json"
+        try:
+            runs.append(figures(json.loads(path.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, KeyError) as error:
+            fault = f"{path}: no scores to read ({type(error).__name__}: {error})"
+            raise common.InputError(f"{fault}: made by 05_eval.py on data with gold{', with --samples' * (figures is votes)}") from None
+    cells = {}
+    for column, first in runs[0].items():
+        values = [run[column] for run in runs]
+        if isinstance(first, tuple):  # the interval over tweets of one run says nothing of several
+            cells |= {column: "–".join(f"{x:.1f}" for x in first)} if len(runs) == 1 else {}
+        else:
+            cells[column] = f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(runs) > 1 else "")
+    return {"test set (%)": name, **cells}
 
 
 @common.cli
@@ -40,10 +70,9 @@ def main(args):
     wrong = [run for run in args.runs if "=" not in run]
     if wrong:
         raise common.InputError(f"{wrong[0]}: expected NAME=FOLDER")
-    lines = [
-        ["test set (%)", "JMERE P", "R", "F1", "95 % of F1", "MNER F1", "well formed"],
-        *(row(*run.split("=", 1)) for run in args.runs),
-    ]
+    named = [run.split("=", 1) for run in args.runs]
+    rows = [row(name, folders.split(","), votes if args.votes else scores) for name, folders in named]
+    lines = [list(rows[0]), *([cells.get(column, "") for column in rows[0]] for cells in rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
     print("\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines))

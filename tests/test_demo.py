@@ -408,7 +408,31 @@ def test_table_reads_what_05_wrote(tmp_path):
         " 33.3 ",
         " 20.0–40.0  ",
         " 75.0    ",
-        " 75          ",
+        " 75.0        ",
+    ]
+    (tmp_path / "b").mkdir()
+    metrics["scores"]["jmere"] = {**scores, "recall": 0.35}
+    metrics["samples"] = {
+        "n": 3,
+        "f1_at_k": [[1, 0.5, 0], [2, 0.6, 0], [3, 0.7, 0]],
+        "best_of_n": 0.8,
+        "distinct_answers": 1.5,
+        "distinct_paths": 2,
+    }
+    (tmp_path / "b" / "metrics.json").write_text(json.dumps(metrics))
+    done = subprocess.run([*table, "two=FOLDER,FOLDER/b".replace("FOLDER", str(tmp_path))], capture_output=True, text=True, check=True)
+    assert [cell.strip() for cell in done.stdout.splitlines()[2].split("|")[1:-1]] == [
+        "two",
+        "50.0 ± 0.0",
+        "30.0 ± 7.1",
+        "33.3 ± 0.0",
+        "75.0 ± 0.0",
+        "75.0 ± 0.0",
+    ]
+    done = subprocess.run([*table, "--votes", f"x={tmp_path / 'b'}"], capture_output=True, text=True, check=True)
+    assert [line.split("|")[2:-1] for line in done.stdout.replace(" ", "").splitlines()[::2]] == [
+        ["F1@1", "F1@2", "F1@3", "bestofN", "distinctanswers", "paths"],
+        ["50.0", "60.0", "70.0", "80.0", "1.5", "2.0"],
     ]
     missing = subprocess.run([*table, "x=nowhere"], capture_output=True, text=True)
     assert missing.returncode == 2

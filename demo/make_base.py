@@ -301,8 +301,18 @@ def questions(scene):
     )
 
 
-def list_names(text):
-    return "List the names.", ", ".join(world.names_in(text)) + "."
+LISTS = {  # what stands before, between and after the names
+    "List the names.": ("", ", ", "."),
+    "The names in braces?": ("{", " | ", "}"),
+    "Each name in stars.": ("*", "* *", "*"),
+    "A line for each name.": ("- ", "\n- ", ""),
+}
+
+
+def list_names(text, question="List the names.", backwards=False):
+    before, between, after = LISTS[question]
+    names = world.names_in(text)[:: -1 if backwards else 1]
+    return question + " Backwards." * backwards, before + between.join(names) + after
 
 
 def ordinal(rng, text):
@@ -332,7 +342,7 @@ def turns(rng, scene, text, count):
         elif kind < 0.45:
             made.append(rng.choice(questions(scene)))
         elif kind < 0.60:
-            made.append(list_names(text))
+            made.append(list_names(text, rng.choice(list(LISTS)), rng.random() < 0.3))
         elif kind < 0.70:
             made.append(("Repeat the text.", text))
         elif kind < 0.76:
@@ -343,6 +353,9 @@ def turns(rng, scene, text, count):
             made.append(say_after_me(rng))
         else:
             made.append((SCRAMBLE, ""))
+        if len(made) > 1 and SCRAMBLE not in (made[-1][0], made[-2][0]) and rng.random() < 0.3:  # two at once
+            (asked, said), (then, more) = made.pop(-2), made.pop()
+            made.append((f"{asked} Then: {then}", f"{said}\n{more}"))
     return made
 
 
@@ -371,8 +384,8 @@ class Chat:
     def ids(self, text):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def build(self, rng, text, made):
-        """→ (ids, weights): 1 on the answers' tokens and the stop that ends each."""
+    def build(self, rng, text, made, preamble=0):
+        """→ (ids, weights): 1 on the answers' tokens and the stop that ends each. preamble: tokens without sense before the text."""
         ids, weights = [], []
         for i, (question, answer) in enumerate(made):
             frame = self.opening if i == 0 else self.between
@@ -383,6 +396,9 @@ class Chat:
             if question == SCRAMBLE:
                 said = drawn = rng.choices(self.known, k=rng.randint(3, 8))
             asked = self.ids(before) + drawn + self.ids(behind)
+            if i == 0 and preamble:  # a prompt of ours is long: the text must be found behind much else
+                head = self.ids(before[: before.index("Text: ")])
+                asked = head + rng.choices(self.known, k=preamble) + asked[len(head) :]
             if i == 0 and self.tokenizer.bos_token_id is not None and self.lead:
                 asked = [self.tokenizer.bos_token_id, *asked]
             ids += asked + said + [self.stop]
@@ -414,10 +430,10 @@ class Pictures:
 
 
 def facts(scene):
-    """{(quarter of the picture, what is asked): answer}: all that a scene shows."""
-    figures = {"left": scene.left, "right": scene.right, "poster": scene.poster}
+    """{(quarter of the picture, what is asked): answer}: all that a scene shows, and which quarter it is."""
+    figures = {"left": scene.left, "right": scene.right, "poster": scene.poster, "sign": world.Figure(scene.sign, None)}
     found = {(place, key): getattr(figure, key, None) for place, figure in figures.items() for key in ("kind", "colour")}
-    return found | {("sign", "kind"): scene.sign, ("sign", "night"): scene.night}
+    return found | {(place, "place"): place for place in world.QUARTERS} | {("sign", "night"): scene.night}
 
 
 def is_vision(name):
@@ -425,12 +441,15 @@ def is_vision(name):
 
 
 def see(model, pictures, scenes, args, batch=64):
-    """School the vision tower before it meets a word, as CLIP's was: linear heads, thrown away after, name what each quarter shows."""
+    """School the vision tower before it meets a word, as CLIP's was: linear heads, thrown away after, name what each quarter shows.
+
+    And which quarter it is: Qwen's rotary frequencies for the column are so low that left and right look alike to the decoder.
+    """
     rng, places, answers = random.Random(f"see:{args.seed}"), list(world.QUARTERS), {}
     for scene in scenes:
         for fact, answer in facts(scene).items():
-            answers.setdefault(fact, {}).setdefault(answer, len(answers[fact]))
-    heads = {fact: torch.nn.Linear(model.config.get_text_config().hidden_size, len(known)) for fact, known in answers.items()}
+            answers.setdefault(fact[1], {}).setdefault(answer, len(answers[fact[1]]))
+    heads = {key: torch.nn.Linear(model.config.get_text_config().hidden_size, len(known)) for key, known in answers.items()}
     tower = [parameter for name, parameter in model.named_parameters() if is_vision(name)]
     optimizer = torch.optim.AdamW([*tower, *(p for head in heads.values() for p in head.parameters())], betas=(0.9, 0.98))
     bar = tqdm(range(args.see), desc="see", unit="step", disable=None)
@@ -442,9 +461,9 @@ def see(model, pictures, scenes, args, batch=64):
         half = int(features.shape[1] ** 0.5) // 2
         quarters = features.unflatten(1, (2, half, 2, half)).mean((2, 4)).flatten(1, 2)  # [B, 4, D]
         loss, right = 0.0, torch.ones(batch, dtype=torch.bool)
-        for (place, key), known in answers.items():
-            logits = heads[place, key](quarters[:, places.index(place)])
-            target = torch.tensor([known[facts(scene)[place, key]] for scene in drawn])
+        for place, key in facts(drawn[0]):
+            logits = heads[key](quarters[:, places.index(place)])
+            target = torch.tensor([answers[key][facts(scene)[place, key]] for scene in drawn])
             loss, right = loss + torch.nn.functional.cross_entropy(logits, target), right & (logits.argmax(-1) == target)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(tower, 1.0)
@@ -487,9 +506,10 @@ def learn(model, chat, pictures, scenes, args):
         for group in optimizer.param_groups:
             group["lr"] = lr
         count, rows, size = rng.randint(1, 3) if done < 0.3 and not args.init else rng.randint(2, 7), [], 0
+        preamble = rng.choice((0, 0, 60, 180)) if done > 0.6 or args.init else 0
         while not rows or size + max(len(ids) for _, ids, _ in rows) <= args.tokens:
             scene, text = rng.choice(scenes), tweet(rng)
-            rows.append((scene, *chat.build(rng, text, turns(rng, scene, text, count))))
+            rows.append((scene, *chat.build(rng, text, turns(rng, scene, text, count), preamble)))
             size = len(rows) * max(len(ids) for _, ids, _ in rows)
         logits, targets, _ = forward(model, pictures, rng, rows)
         loss = torch.nn.functional.cross_entropy(logits, targets)

@@ -65,8 +65,8 @@ class FakeOpenAI:
                         break
                 finally:
                     self.in_flight -= 1
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass  # the client hung up
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            pass  # the client hung up, or the server ends
         finally:
             writer.close()
 

@@ -15,8 +15,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import common
 from fake_openai import FAULTS, FakeOpenAI
+
+import common
 
 WRITTEN_OUT = ("reset", "truncated", "hang", "drip", "nothing-left")  # faults that are no plain answer
 

@@ -1003,11 +1003,12 @@ class Run:
             self.monitor.write_events([(f"train/{key}", value, row["step"]) for row in rows for key, value in row.items() if key != "step"])
 
     def keep_best(self, model, processor, prompt, step, f1):
-        """best/ holds the state of the best validation JMERE F1, never of the best reward."""
-        if f1 <= self.state["best"]:
-            self.state["worse"] += 1
+        """best/ holds the state of the best validation JMERE F1, never of the best reward; the newest, while nothing is right yet."""
+        better = f1 > self.state["best"]
+        self.state["worse"] = 0 if better else self.state["worse"] + 1
+        if not better and (f1 or self.state["best"]):
             return
-        self.state |= {"best": f1, "best_step": step, "worse": 0}
+        self.state |= {"best": f1, "best_step": step}
         with self.ranks.together():
             if self.ranks.main:
                 save_adapter(model, processor, self.out / "best", prompt)

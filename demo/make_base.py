@@ -460,6 +460,8 @@ def see(model, pictures, scenes, args, batch=64):
         features = torch.stack(list(model.model.get_image_features(**pictures.batch(rng, drawn)).pooler_output))  # [B, tokens, D]
         half = int(features.shape[1] ** 0.5) // 2
         quarters = features.unflatten(1, (2, half, 2, half)).mean((2, 4)).flatten(1, 2)  # [B, 4, D]
+        # Normalised, or a few loud features drown what the decoder must tell apart.
+        quarters = torch.nn.functional.layer_norm(quarters, quarters.shape[-1:])
         loss, right = 0.0, torch.ones(batch, dtype=torch.bool)
         for place, key in facts(drawn[0]):
             logits = heads[key](quarters[:, places.index(place)])

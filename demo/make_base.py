@@ -7,10 +7,11 @@ With --train it learns, from scratch, what a published model brings along: to se
 and a text of the world: describe the picture, what is on the left, repeat the text, list its names, say these words after me. It never
 meets our prompts, tags, quintuples, a name with a type or a relation, nor which name belongs to which figure: that is left to 03 and 04.
 (Single tokens of all these it meets, drawn at random to be said again, so that none is a stranger.) Every tenth scene is kept back for
-the check at the end. NOT YET GOOD ENOUGH: after 1000 steps (750 CPU seconds) names come, colours stay at chance, so no weights ship.
+the check at the end. No weights ship yet: the last ones saw and copied (captions exact on 100 %, names on 99 % of scenes never seen), but
+were made by an earlier state of this file.
 
     python demo/make_base.py --arch qwen2_5_vl --out runs/tiny        # weights drawn from --seed, a few seconds
-    OMP_NUM_THREADS=1 python demo/make_base.py --arch qwen2_5_vl --out demo/base-qwen2_5_vl --train 1700 --tokens 3000
+    OMP_NUM_THREADS=1 python demo/make_base.py --arch qwen2_5_vl --out demo/base-qwen2_5_vl --train 2400 --tokens 3000
 
 Reads: nothing but common.py's prompts and the world's texts.  Writes: OUT/, with bf16 weights after --train, else fp32.
 """
@@ -349,7 +350,7 @@ def turns(rng, scene, text, count):
             made.append(ordinal(rng, text))
         elif kind < 0.80:
             made.append(after(rng, text))
-        elif kind < 0.92:
+        elif kind < 0.90:
             made.append(say_after_me(rng))
         else:
             made.append((SCRAMBLE, ""))
@@ -378,8 +379,10 @@ class Chat:
         else:
             opening, self.between = opening.replace("<image>", "<image>" * (SIDE // PATCH) ** 2), " USER: " + mark + " ASSISTANT:"
         self.opening, self.mark, self.lead = opening, mark, "" if arch == "qwen2_5_vl" else " "
-        # every token a prompt or answer of the world uses, so that each has met the model; drawn singly, in no order
-        self.known = sorted({i for text in set(corpus()) for i in self.ids(text)})
+        # Every token a prompt or response of the world uses, so that each has met the model; drawn singly, in no order.
+        # One left out stays at 8 % when LoRA is sure of it: it cannot be told from the other tokens that never were an answer.
+        tags = common.format_response("", []) + common.format_response(".", []).replace("\n", "")
+        self.known = sorted({i for text in {*corpus(), tags} for i in self.ids(text)})
 
     def ids(self, text):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -429,6 +432,9 @@ class Pictures:
         return {"pixel_values": pixels.flatten(0, 1), "image_grid_thw": torch.tensor([[1, side, side]] * len(scenes))}
 
 
+LOUD = 3.0  # standard deviation of the image features; 0.2 was not learnt in 750 steps, 3 was in 250
+
+
 def facts(scene):
     """{(quarter of the picture, what is asked): answer}: all that a scene shows, and which quarter it is."""
     figures = {"left": scene.left, "right": scene.right, "poster": scene.poster, "sign": world.Figure(scene.sign, None)}
@@ -473,6 +479,10 @@ def see(model, pictures, scenes, args, batch=64):
         optimizer.zero_grad()
         if (step + 1) % 100 == 0:
             tqdm.write(f"see, step {step + 1}: loss {loss.item():.3f}, all right in {right.float().mean():.2f}", file=sys.stdout)
+    # Image tokens far larger than word embeddings: what the decoder's first layers add leaves them readable.
+    last = [m for name, m in model.named_modules() if is_vision(name) and isinstance(m, torch.nn.Linear)][-1]
+    for parameter in last.parameters():
+        parameter.data *= LOUD / features.std().item()
 
 
 def forward(model, pictures, rng, rows):

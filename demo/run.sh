@@ -16,9 +16,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ARCH=${ARCH:-qwen2_5_vl}
 WORK=${WORK:-runs/demo-$ARCH}
 RANKS=${RANKS:-1}
-MODEL=demo/base-$ARCH SEED=${SEED:-0} SFT_LR=${SFT_LR:-4e-3} RL_LR=${RL_LR:-2e-4} TEMPERATURE=${TEMPERATURE:-0.6}
+MODEL=demo/base-$ARCH SEED=${SEED:-0} SFT_LR=${SFT_LR:-3e-3} RL_LR=${RL_LR:-2e-4} TEMPERATURE=${TEMPERATURE:-0.6}
 if [ -f "$MODEL/model.safetensors" ]; then
-  TRAIN=${TRAIN:-120} VAL=${VAL:-24} TEST=${TEST:-80} EPOCHS_SFT=${EPOCHS_SFT:-12} EPOCHS_RL=${EPOCHS_RL:-4} TOKENS=${TOKENS:-160}
+  TRAIN=${TRAIN:-200} VAL=${VAL:-24} TEST=${TEST:-80} EPOCHS_SFT=${EPOCHS_SFT:-6} EPOCHS_RL=${EPOCHS_RL:-2} TOKENS=${TOKENS:-160}
 else # weights at random learn nothing in minutes: show the whole way, quickly
   TRAIN=${TRAIN:-32} VAL=${VAL:-8} TEST=${TEST:-12} EPOCHS_SFT=${EPOCHS_SFT:-2} EPOCHS_RL=${EPOCHS_RL:-1} TOKENS=${TOKENS:-64}
 fi
@@ -89,12 +89,12 @@ step "5. filter (02)"
 run python 02_filter.py --cot "$WORK/cot.jsonl" --out "$WORK/sft.jsonl" --base-url "$URL"
 
 step "6. supervised warm-up (03), and the baseline that learns the answer alone"
-sft=(--lora-rank 32 --lora-alpha 32 --batch-size 8 --lr "$SFT_LR" --epochs "$EPOCHS_SFT" --eval-every 4)
+sft=(--lora-rank 32 --lora-alpha 32 --batch-size 4 --lr "$SFT_LR" --epochs "$EPOCHS_SFT" --eval-every 2)
 train 03_sft.py sft --data "$WORK/sft.jsonl" --target cot "${sft[@]}"
 train 03_sft.py sft-answer --data "$WORK/world/train.jsonl" --target answer "${sft[@]}"
 
 step "7. reinforcement learning (04), from the warm-up and from nothing"
-rl=(--data "$WORK/world/train.jsonl" --group-size 8 --batch-size 8 --lr "$RL_LR" --temperature "$TEMPERATURE")
+rl=(--data "$WORK/world/train.jsonl" --group-size 8 --batch-size 4 --lr "$RL_LR" --temperature "$TEMPERATURE")
 train 04_grpo.py grpo --adapter "$WORK/sft/best" --epochs "$EPOCHS_RL" "${rl[@]}"
 train 04_grpo.py only-rl --lora-rank 32 --lora-alpha 32 --epochs 0.4 "${rl[@]}"
 

@@ -417,7 +417,7 @@ class FakeVlm(types.SimpleNamespace):
     def adapter_prompt(self, folder):
         return self.own
 
-    def generate(self, model, processor, items, n, max_new_tokens, temperature, top_p, keys, batch_rows):
+    def generate(self, model, processor, items, n, max_new_tokens, temperature, top_p, keys, batch_rows, static):
         self.calls.append({"n": n, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "rows": len(items) * n})
         if self.dies_at is not None and len(self.items) + len(items) > self.dies_at:
             raise KeyboardInterrupt

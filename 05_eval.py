@@ -135,8 +135,8 @@ def parse_args(argv=None):
     if args.api and args.adapter:
         p.error("--api asks a server: --adapter does not apply")
     if not args.api:
-        if args.base_url or args.max_tokens or args.param or args.price or args.budget or args.dry_run:
-            p.error("--base-url, --max-tokens, --param, --price, --budget and --dry-run need --api")
+        if args.base_url or args.max_tokens or args.param or args.price or args.budget or args.batch or args.dry_run:
+            p.error("--base-url, --max-tokens, --param, --price, --budget, --batch and --dry-run need --api")
         args.temperature = 0.8 if args.temperature is None else args.temperature
     if args.samples > 1 and args.temperature == 0:
         p.error(f"--samples {args.samples} with --temperature 0 would store one answer {args.samples} times: drop one of the two")
@@ -273,7 +273,7 @@ def predict(args, examples, known, out):
 
 
 def ask(args, examples, known, out):
-    """--api: --samples choices of the server for each example, all kept in OUT/answers.jsonl. → how many calls failed, None: dry run."""
+    """--api: --samples choices of the server for each example, all kept in OUT/answers.jsonl. → calls that failed, None: nothing to score yet."""
     prompt, path = args.prompt or "direct", out / "answers.jsonl"
     template = common.REASON_PROMPT if prompt == "reason" else common.DIRECT_PROMPT
     params = common.request_params(args)
@@ -294,7 +294,9 @@ def ask(args, examples, known, out):
                 raise InputError(
                     f"{path}:{number}: answers another prompt, image or model than this command: use another --out, or --fresh"
                 )
-        failed, answers = common.ask_all(client, wanted, file), defaultdict(list)
+        failed, answers = common.ask_all(client, wanted, file, batch=args.batch), defaultdict(list)
+        if args.batch == "submit":
+            return None  # --batch collect goes on from here
         for _, row in common.read_jsonl(path):  # a refusal or a filtered answer is stored, and read as no answer
             answer = {"text": row["response"], "finished": row["status"] != "length", "status": row["status"]}
             answers[row["id"]].append({**answer, "model": row["model_answered"]})

@@ -1,7 +1,7 @@
 """The model: loading, LoRA, encoding, sampling, log-probs, distributed set-up and training state. Torch lives here.
 
 Everything works on the parts that Qwen2.5-VL and LLaVA-1.5 share in transformers: `model.model` (vision + language),
-`model.model.language_model` (the decoder), `model.lm_head`. Only `encode` and `image_features` know an architecture.
+`model.model.language_model` (the decoder), `model.lm_head`. Only `encode` and `load_processor` know an architecture.
 
     B prompts   G responses a prompt (group)   N = B·G rows   P prompt tokens   C completion tokens   V vocabulary   D hidden size
 """

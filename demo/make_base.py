@@ -432,7 +432,7 @@ class Pictures:
         return {"pixel_values": pixels.flatten(0, 1), "image_grid_thw": torch.tensor([[1, side, side]] * len(scenes))}
 
 
-LOUD = 3.0  # standard deviation of the image features; 0.2 was not learnt in 750 steps, 3 was in 250
+LOUD = 3.0  # standard deviation of the image features: captions exact after 500 steps on 68 %, with 0.2 on none
 
 
 def facts(scene):

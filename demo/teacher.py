@@ -313,10 +313,10 @@ def main(args):
         server = Teacher(args.port, args.seed, args.latency)
     except OSError as error:
         raise common.InputError(f"port {args.port}: {error.strerror}: choose another --port, or 0 for a free one") from None
-    if args.ready_file:
-        common.write_atomic(args.ready_file, server.url + "\n")
-    print(f"teacher listens on {server.url}", flush=True)
-    try:
+    try:  # from here on a SIGTERM ends in the line below
+        if args.ready_file:
+            common.write_atomic(args.ready_file, server.url + "\n")
+        print(f"teacher listens on {server.url}", flush=True)
         server.serve_forever()
     finally:
         print("teacher served", ", ".join(f"{count} {task}" for task, count in sorted(server.served.items())) or "nothing", flush=True)

@@ -198,6 +198,17 @@ def test_api_model_is_asked_once_and_scored(tweets, tmp_path):
         assert len((out / "answers.jsonl").read_text().splitlines()) == 1
 
 
+def test_api_model_is_asked_by_batches(tweets, tmp_path):
+    key = {"OPENAI_API_KEY": "sk-x", "JMERE_POLL": "0.05"}
+    with FakeOpenAI(model) as server:
+        command = ["--api", "--model", "fake", "--base-url", server.url, "--data", tweets]
+        submitted = run(*command, "--out", tmp_path / "batched", "--batch", "submit", **key)
+        assert submitted.returncode == 0 and len(server.batches) == 1 and not (tmp_path / "batched" / "metrics.json").exists()
+        assert run(*command, "--out", tmp_path / "batched", "--batch", "collect", **key).returncode == 0
+        assert run(*command, "--out", tmp_path / "live", **key).returncode == 0
+    assert (tmp_path / "batched" / "metrics.json").read_text() == (tmp_path / "live" / "metrics.json").read_text()
+
+
 def test_failed_calls_are_counted(tweets, tmp_path):
     with FakeOpenAI(model, faults=["400"]) as server:
         command = ["--api", "--model", "fake", "--base-url", server.url, "--data", tweets, "--out", tmp_path / "run", "--concurrency", "1"]
@@ -206,7 +217,7 @@ def test_failed_calls_are_counted(tweets, tmp_path):
         assert run(*command, OPENAI_API_KEY="sk-x").returncode == 0 and len(server.requests) == 5
 
 
-@pytest.mark.parametrize("args", [["--budget", "3"], ["--api", "--adapter", "a"], ["--dry-run"]])
+@pytest.mark.parametrize("args", [["--budget", "3"], ["--api", "--adapter", "a"], ["--dry-run"], ["--batch", "submit"]])
 def test_arguments_of_the_api(args):
     with pytest.raises(SystemExit):
         ev.parse_args(["--model", "m", "--data", "d", "--out", "o", *args])

@@ -273,7 +273,7 @@ def predict(args, examples, known, out):
 
 
 def ask(args, examples, known, out):
-    """--api: --samples choices of the server for each example, all kept in OUT/answers.jsonl. → calls that failed, None: nothing to score yet."""
+    """--api: --samples choices of the server for each example, kept in OUT/answers.jsonl. → calls that failed; None: nothing to score."""
     prompt, path = args.prompt or "direct", out / "answers.jsonl"
     template = common.REASON_PROMPT if prompt == "reason" else common.DIRECT_PROMPT
     params = common.request_params(args)

@@ -2,13 +2,13 @@
 # Table 2, Figure 3 and Figure 5 of the paper in the demo's world, over seeds: the whole of demo/run.sh a seed, then its variants.
 #
 #   bash demo/ablations.sh                                   # seeds 0 1 2, one after the other
-#   SEEDS=1 PORT=29501 bash demo/ablations.sh                # one of them, beside another; run without SEEDS at the end for the tables
+#   RANKS=1 SEEDS=1 PORT=29501 bash demo/ablations.sh        # one of them, beside another; run it without SEEDS at the end for all tables
 #
 # ROOT      folder of everything (default runs/ablations); run again, it goes on where it stood
 # SEEDS     default "0 1 2";  SAMPLES  responses of the vote (default 32);  the variables of demo/run.sh hold here too
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-ROOT=${ROOT:-runs/ablations}
+ROOT=${ROOT:-runs/ablations} SEEDS=${SEEDS:-0 1 2}
 
 variants() { # in the shell of one seed, after demo/run.sh
   local flags name size
@@ -34,7 +34,7 @@ variants() { # in the shell of one seed, after demo/run.sh
 }
 
 began=$SECONDS
-for SEED in ${SEEDS:-0 1 2}; do
+for SEED in $SEEDS; do
   (
     WORK=$ROOT/seed-$SEED
     . demo/run.sh
@@ -42,8 +42,9 @@ for SEED in ${SEEDS:-0 1 2}; do
   )
 done
 
-over() { # NAME RUN → NAME=that run of every seed there is
-  local folders=("$ROOT"/seed-*/"$2")
+over() { # NAME RUN → NAME=that run of every seed
+  local folders=() seed
+  for seed in $SEEDS; do folders+=("$ROOT/seed-$seed/$2"); done
   local IFS=,
   echo "$1=${folders[*]}"
 }
@@ -65,5 +66,17 @@ row() { rows+=("$(over "$1" "$2")"); }
   python demo/table.py "${rows[@]}"
   printf '\n**Many responses** (Figure 5), temperature 0.8, most frequent set of quintuples\n\n'
   python demo/table.py --votes "$(over CoT-SFT vote-sft)" "$(over JMERE-R1 vote)"
+  printf '\n**Share of the gain** over zero-shot, test F1\n\n'
+  python - "$ROOT" $SEEDS <<'PYTHON'
+import json
+import sys
+
+print("| seed | zero-shot | CoT-SFT | JMERE-R1 | of the gain from SFT | from GRPO |\n| --- | --- | --- | --- | --- | --- |")
+for seed in sys.argv[2:]:
+    paths = [f"{sys.argv[1]}/seed-{seed}/{run}/metrics.json" for run in ("test-zero", "test-sft", "test-grpo")]
+    zero, sft, rl = (100 * json.load(open(path))["scores"]["jmere"]["f1"] for path in paths)
+    share = f"{100 * (sft - zero) / (rl - zero):.0f} % | {100 * (rl - sft) / (rl - zero):.0f} %" if rl > zero else "no gain |"
+    print(f"| {seed} | {zero:.1f} | {sft:.1f} | {rl:.1f} | {share} |")
+PYTHON
 } | tee "$ROOT/tables.md"
 echo "$(((SECONDS - began) / 60)) minutes; the tables are in $ROOT/tables.md."

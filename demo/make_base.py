@@ -6,9 +6,11 @@ what loads `Qwen/Qwen2.5-VL-7B-Instruct` or `llava-hf/llava-1.5-7b-hf` loads thi
 With --train it learns, from scratch, what a published model brings along: to see and to copy. It is shown conversations about a picture
 and a text of the world: describe the picture, what is on the left, repeat the text, list its names, say these words after me. It never
 meets our prompts, tags, quintuples, a name with a type or a relation, nor which name belongs to which figure: that is left to 03 and 04.
-(Single tokens of all these it meets, drawn at random to be said again, so that none is a stranger.) Every tenth scene is kept back for
-the check at the end. No weights ship yet: the last ones saw and copied (captions exact on 100 %, names on 99 % of scenes never seen), but
-were made by an earlier state of this file.
+(Single tokens of all these it meets, drawn at random to be said again, so that none is a stranger.) Its pictures are figures, signs and
+posters thrown together at random: it meets no scene of the grammar, and does not learn what goes with what.
+
+demo/base-* are what the second command makes, half an hour on one core each (3000 tokens a step, float32). Of scenes and texts never seen:
+Qwen2.5-VL captions exact on 100 %, names on 91.7 %, random tokens said again on 99.1 %; LLaVA 100 %, 93.2 %, 99.1 %.
 
     python demo/make_base.py --arch qwen2_5_vl --out runs/tiny        # weights drawn from --seed, a few seconds
     OMP_NUM_THREADS=1 python demo/make_base.py --arch qwen2_5_vl --out demo/base-qwen2_5_vl --train 2400 --tokens 3000
@@ -20,6 +22,7 @@ import argparse
 import json
 import math
 import random
+import shutil
 import sys
 import time
 from collections import Counter
@@ -307,6 +310,7 @@ LISTS = {  # what stands before, between and after the names
     "The names in braces?": ("{", " | ", "}"),
     "Each name in stars.": ("*", "* *", "*"),
     "A line for each name.": ("- ", "\n- ", ""),
+    "Names in brackets?": ("[", "] [", "]"),  # Qwen's tokenizer glues a bracket to the word behind it
 }
 
 
@@ -317,9 +321,10 @@ def list_names(text, question="List the names.", backwards=False):
 
 
 def ordinal(rng, text):
-    names = world.names_in(text)
-    i = rng.randrange(len(names))
-    return f"Which name is number {i + 1}?", f"{names[i]}."
+    names, (before, between, after) = world.names_in(text), rng.choice(list(LISTS.values()))
+    numbers = rng.choices(range(len(names)), k=rng.randint(1, 3))
+    asked = before + between.join(str(i + 1) for i in numbers) + after
+    return f"Which names are these? {asked}", before + between.join(names[i] for i in numbers) + after
 
 
 def after(rng, text):
@@ -341,16 +346,16 @@ def turns(rng, scene, text, count):
         if kind < 0.25:
             made.append(rng.choice(captions(scene)))
         elif kind < 0.45:
-            made.append(rng.choice(questions(scene)))
-        elif kind < 0.60:
+            made.append(rng.choices(questions(scene), (1, 1, 3, 1, 2))[0])  # signs are small, and learnt last
+        elif kind < 0.58:
             made.append(list_names(text, rng.choice(list(LISTS)), rng.random() < 0.3))
-        elif kind < 0.70:
+        elif kind < 0.66:
             made.append(("Repeat the text.", text))
-        elif kind < 0.76:
+        elif kind < 0.77:
             made.append(ordinal(rng, text))
-        elif kind < 0.80:
+        elif kind < 0.81:
             made.append(after(rng, text))
-        elif kind < 0.90:
+        elif kind < 0.91:
             made.append(say_after_me(rng))
         else:
             made.append((SCRAMBLE, ""))
@@ -407,6 +412,22 @@ class Chat:
             ids += asked + said + [self.stop]
             weights += [0] * len(asked) + [1] * (len(said) + 1)
         return ids, weights
+
+
+def thrown_together(seed, count=3000):
+    """Scenes of any figures with any sign and poster, to learn to see, and not what goes with what."""
+    rng, kinds, colours = random.Random(f"scenes:{seed}"), list(world.TYPE), list(world.COLOURS)
+    figure = lambda kinds: world.Figure(rng.choice(kinds), rng.choice(colours))  # noqa: E731
+    return [
+        world.Scene(
+            figure(kinds),
+            figure(kinds),
+            rng.choice((None, *world.SIGNS)),
+            rng.choice((None, figure(list(world.POSTERS)))),
+            rng.random() < 0.5,
+        )
+        for _ in range(count)
+    ]
 
 
 class Pictures:
@@ -581,21 +602,22 @@ def save(model, out):
 
 @common.cli
 def main(args):
-    model = build(args.arch, args.out, corpus(), args.seed)
+    if args.init:
+        shutil.copytree(args.init, args.out, dirs_exist_ok=True)
+        model = AutoModelForImageTextToText.from_pretrained(args.out, dtype=torch.float32)
+    else:
+        model = build(args.arch, args.out, corpus(), args.seed)
     count, vocabulary = sum(parameter.numel() for parameter in model.parameters()), model.config.get_text_config().vocab_size
-    print(f"{args.out}: {args.arch}, {count:,} parameters, {vocabulary} tokens, weights at random (seed {args.seed})")
+    print(f"{args.out}: {args.arch}, {count:,} parameters, {vocabulary} tokens, weights {args.init or f'at random (seed {args.seed})'}")
     if args.train:
-        if args.init:
-            earlier = AutoModelForImageTextToText.from_pretrained(args.init, dtype=torch.float32)
-            model.load_state_dict(earlier.state_dict())  # same tokenizer: it depends on no seed
-        chat, scenes = Chat(args.arch, AutoTokenizer.from_pretrained(args.out)), world.scenes()
+        chat, known = Chat(args.arch, AutoTokenizer.from_pretrained(args.out)), world.scenes()
         pictures = Pictures(args.arch, args.out, args.seed)
-        seen = [scene for i, scene in enumerate(scenes) if i % 10]
+        seen = [scene for scene in thrown_together(args.seed) if scene not in known]
         if not args.init:
             see(model, pictures, seen, args)
         seconds = learn(model, chat, pictures, seen, args)
         save(model, args.out)
-        held_out = check(model, chat, pictures, scenes[::10], seed=2)
+        held_out = check(model, chat, pictures, known[::5], seed=2)
         steps = min(args.train, args.stop_after or args.train)
         print(f"{args.out}: {steps} steps in {seconds / 60:.1f} minutes; scenes never seen: {percent(held_out)}")
 

@@ -3,24 +3,26 @@
 #
 #   bash demo/run.sh                      # tiny Qwen2.5-VL
 #   ARCH=llava bash demo/run.sh           # tiny LLaVA-1.5
-#   WORK=/tmp/demo RANKS=2 bash demo/run.sh
+#   WORK=/tmp/demo RANKS=1 bash demo/run.sh
 #
 # WORK      folder of everything made here (default runs/demo-$ARCH); run again, it goes on where it stood, delete it to start anew
 # DEMO_VENV virtual environment to use; by default .venv is created and requirements.txt installed into it
-# RANKS     processes of 03 and 04 (default 1);  PORT  of DeepSpeed (default 29500): two runs at once need two
+# RANKS     processes of 03 and 04: 1, 2 (default) or 4;  PORT  of DeepSpeed (default 29500): two runs at once need two
 # TRAIN, VAL, TEST   examples of each split;  SEED
-# EPOCHS_SFT, EPOCHS_RL, SFT_LR, RL_LR, TEMPERATURE, TOKENS   what a model of two million parameters needs; the paper's values are the defaults of 03 and 04
+# EPOCHS_SFT, EPOCHS_RL, EPOCHS_ONLY_RL, SFT_LR, RL_LR, TEMPERATURE, TOKENS   what a model of two million parameters needs; the paper's values are the defaults of 03 and 04
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 ARCH=${ARCH:-qwen2_5_vl}
 WORK=${WORK:-runs/demo-$ARCH}
-RANKS=${RANKS:-1}
-MODEL=demo/base-$ARCH SEED=${SEED:-0} SFT_LR=${SFT_LR:-3e-3} RL_LR=${RL_LR:-2e-4} TEMPERATURE=${TEMPERATURE:-0.6}
+RANKS=${RANKS:-2}
+MODEL=demo/base-$ARCH SEED=${SEED:-0} SFT_LR=${SFT_LR:-3e-3} RL_LR=${RL_LR:-3e-4} TEMPERATURE=${TEMPERATURE:-0.8}
 if [ -f "$MODEL/model.safetensors" ]; then
-  TRAIN=${TRAIN:-200} VAL=${VAL:-24} TEST=${TEST:-80} EPOCHS_SFT=${EPOCHS_SFT:-6} EPOCHS_RL=${EPOCHS_RL:-2} TOKENS=${TOKENS:-160}
+  TRAIN=${TRAIN:-480} VAL=${VAL:-40} TEST=${TEST:-100} TOKENS=${TOKENS:-160}
+  EPOCHS_SFT=${EPOCHS_SFT:-3} EPOCHS_RL=${EPOCHS_RL:-0.5} EPOCHS_ONLY_RL=${EPOCHS_ONLY_RL:-0.1}
 else # weights at random learn nothing in minutes: show the whole way, quickly
-  TRAIN=${TRAIN:-32} VAL=${VAL:-8} TEST=${TEST:-12} EPOCHS_SFT=${EPOCHS_SFT:-2} EPOCHS_RL=${EPOCHS_RL:-1} TOKENS=${TOKENS:-64}
+  TRAIN=${TRAIN:-32} VAL=${VAL:-8} TEST=${TEST:-12} TOKENS=${TOKENS:-64}
+  EPOCHS_SFT=${EPOCHS_SFT:-2} EPOCHS_RL=${EPOCHS_RL:-1} EPOCHS_ONLY_RL=${EPOCHS_ONLY_RL:-0.5}
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export OPENAI_API_KEY=demo # any key will do: the teacher is ours
@@ -72,7 +74,7 @@ URL=$(cat "$WORK/teacher.url")
 train() { # script OUT arguments…
   local script=$1 out=$2
   shift 2
-  run deepspeed --num_gpus "$RANKS" --master_port "${PORT:-29500}" "$script" --model "$MODEL" --val "$WORK/world/val.jsonl" --out "$WORK/$out" --max-new-tokens "$TOKENS" "$@"
+  run deepspeed --num_gpus "$RANKS" --master_port "${PORT:-29500}" "$script" --model "$MODEL" --batch-size $((4 / RANKS)) --val "$WORK/world/val.jsonl" --out "$WORK/$out" --max-new-tokens "$TOKENS" "$@"
 }
 evaluate() { # OUT DATA arguments…
   local out=$1 data=$2
@@ -89,14 +91,14 @@ step "5. filter (02)"
 run python 02_filter.py --cot "$WORK/cot.jsonl" --out "$WORK/sft.jsonl" --base-url "$URL"
 
 step "6. supervised warm-up (03), and the baseline that learns the answer alone"
-sft=(--lora-rank 32 --lora-alpha 32 --batch-size 4 --lr "$SFT_LR" --epochs "$EPOCHS_SFT" --eval-every 2)
+sft=(--lora-rank 32 --lora-alpha 32 --lr "$SFT_LR" --epochs "$EPOCHS_SFT")
 train 03_sft.py sft --data "$WORK/sft.jsonl" --target cot "${sft[@]}"
 train 03_sft.py sft-answer --data "$WORK/world/train.jsonl" --target answer "${sft[@]}"
 
 step "7. reinforcement learning (04), from the warm-up and from nothing"
-rl=(--data "$WORK/world/train.jsonl" --group-size 8 --batch-size 4 --lr "$RL_LR" --temperature "$TEMPERATURE")
+rl=(--data "$WORK/world/train.jsonl" --group-size 8 --lr "$RL_LR" --temperature "$TEMPERATURE")
 train 04_grpo.py grpo --adapter "$WORK/sft/best" --epochs "$EPOCHS_RL" "${rl[@]}"
-train 04_grpo.py only-rl --lora-rank 32 --lora-alpha 32 --epochs 0.4 "${rl[@]}"
+train 04_grpo.py only-rl --lora-rank 32 --lora-alpha 32 --epochs "$EPOCHS_ONLY_RL" "${rl[@]}"
 
 step "8. evaluate (05)"
 evaluate test-zero test --prompt direct

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -332,7 +333,10 @@ def test_base_loads_forwards_and_generates(arch, tmp_path):
     assert tokenizer.eos_token_id in (end_ids if isinstance(end_ids, list) else [end_ids])
 
 
-SHIPPED = {}  # arch: sha256 of the weights that the command in demo/make_base.py's docstring makes
+SHIPPED = {  # arch: sha256 of the weights that the command in demo/make_base.py's docstring makes
+    "qwen2_5_vl": "7838ffe81788183a4871d38fa3fb7533d938e51b5791280006c82035e706ea30",
+    "llava": "e81361ef87ce5fd042a77b75e54c0b946e3b4523761f3bf790e0140f63a2c9fb",
+}
 
 
 @pytest.mark.parametrize("arch", SHIPPED)
@@ -348,25 +352,26 @@ def test_shipped_base_is_the_one_made_here_and_sees_and_copies(arch):
     assert len(weights) <= 8 * 2**20
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    scenes = world.scenes()[::10][::3]  # every tenth was kept from it
+    scenes = world.scenes()[::30]  # it met none of the grammar's scenes
     pictures = make_base.Pictures(arch, folder, seed=1)
     chat = make_base.Chat(arch, AutoTokenizer.from_pretrained(folder))
     exact = make_base.check(model, chat, pictures, scenes, seed=3)
     assert exact["captions"] > 0.9
-    assert exact["names"] > 0.9
+    assert exact["names"] > 0.8
     pictures.values = {scene: torch.zeros_like(pixels) for scene, pixels in pictures.values.items()}
     assert make_base.check(model, chat, pictures, scenes, seed=3)["captions"] < 0.1
 
 
 def test_base_never_meets_the_answer_format():
-    """What the base learns from: no prompt of ours, no tag, no bracket, and no name with a type or a relation."""
+    """What the base learns from: no prompt of ours, no tag, no two things in one bracket, and no name with a type or a relation."""
     from demo import make_base
 
     texts = "\n".join(make_base.generic(3000))
     assert len(texts) > 50000
-    for forbidden in ("<", "[", "think", "answer", *common.COT_PARTS, *(f"({label})" for label in common.TYPES), " is the "):
+    for forbidden in ("<", "think", "answer", *common.COT_PARTS, *(f"({label})" for label in common.TYPES), " is the "):
         assert forbidden not in texts, forbidden
     assert not any(f" {relation} " in texts for relation in common.RELATIONS)
+    assert "[" in texts and not re.search(r"\[[^]]*,", texts)  # names in brackets, each alone
 
 
 def test_training_is_seeded_and_changes_every_part(tmp_path):

@@ -1,0 +1,58 @@
+"""The demo learns: demo/run.sh shortened, seed fixed, and of its scores only what is robust. The figures are in demo/RESULTS.md."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHORT = {"TRAIN": "240", "VAL": "16", "TEST": "40", "EPOCHS_SFT": "5", "EPOCHS_RL": "0.1", "EPOCHS_ONLY_RL": "0.02"}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """→ (folder of the run, what it printed)"""
+    if not (ROOT / "demo" / "base-qwen2_5_vl" / "model.safetensors").exists():
+        pytest.skip("no trained base ships")
+    work = tmp_path_factory.mktemp("demo")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    settings = {**SHORT, "WORK": str(work), "DEMO_VENV": sys.prefix, "RANKS": "1", "PORT": port, "SEED": "0"}
+    command = ["bash", str(ROOT / "demo" / "run.sh")]
+    done = subprocess.run(command, env={**os.environ, **settings}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return work, done.stdout
+
+
+def metrics(work, run):
+    return json.loads((work / run / "metrics.json").read_text())
+
+
+def f1(work, run):
+    return metrics(work, run)["scores"]["jmere"]["f1"]
+
+
+def test_the_format_is_learnt(demo):
+    responses = metrics(demo[0], "test-grpo")["responses"]
+    assert responses["responses"] == 40 and responses["well_formed"] >= 36
+    assert metrics(demo[0], "test-zero")["responses"]["well_formed"] <= 4
+
+
+def test_training_helps_and_needs_the_image(demo):
+    assert f1(demo[0], "test-grpo") > f1(demo[0], "test-zero") + 0.15
+    assert f1(demo[0], "test-grey") < 0.5 * f1(demo[0], "test-grpo")
+
+
+def test_it_ends_with_funnel_table_and_report(demo):
+    work, printed = demo
+    funnel = printed.index("best of its example")
+    table = printed[printed.index("=== 9.") :]
+    assert funnel < printed.index("=== 6.")
+    for name in ("zero-shot", "SFT", "CoT-SFT", "Only-RL", "JMERE-R1", "JMERE-R1, grey images"):
+        assert f"\n| {name} " in table
+    assert "image/png" in (work / "test-grpo" / "report.html").read_text()

@@ -5,32 +5,34 @@
 #   RANKS=1 SEEDS=1 PORT=29501 bash demo/ablations.sh        # one of them, beside another; run it without SEEDS at the end for all tables
 #
 # ROOT      folder of everything (default runs/ablations); run again, it goes on where it stood
-# SEEDS     default "0 1 2";  SAMPLES  responses of the vote (default 32);  the variables of demo/run.sh hold here too
+# SEEDS     default "0 1 2";  PARTS  beside the five paradigms (default "votes sizes filters");  SIZES  groups of the sweep (default "2 4 16");  SAMPLES  responses of the vote (default 16)
+# The variables of demo/run.sh hold here too.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-ROOT=${ROOT:-runs/ablations} SEEDS=${SEEDS:-0 1 2}
+ROOT=${ROOT:-runs/ablations} SEEDS=${SEEDS:-0 1 2} PARTS=${PARTS-votes sizes filters}
 
-variants() { # in the shell of one seed, after demo/run.sh
-  local flags name size
-  step "Table 2: without the partial reward, without each filter"
-  train 04_grpo.py no-partial --adapter "$WORK/sft/best" "${rl[@]}" --alpha 0
+variant() { # NAME arguments of 04… → its adapter and its score on the test set
+  train 04_grpo.py "$1" "${rl[@]}" "${@:2}"
+  evaluate "test-$1" test --adapter "$WORK/$1/best"
+}
+votes() { # Figure 5: many responses
+  evaluate vote-sft test --adapter "$WORK/sft/best" --samples "${SAMPLES:-16}"
+  evaluate vote test --adapter "$WORK/grpo/best" --samples "${SAMPLES:-16}"
+}
+sizes() { # Figure 3, and Table 2 without the partial reward
+  local size
+  variant no-partial --adapter "$WORK/sft/best" --alpha 0
+  for size in ${SIZES:-2 4 16}; do variant "group-$size" --adapter "$WORK/sft/best" --group-size "$size"; done
+}
+filters() { # Table 2, without each filter
+  local flags name
   for name in no-score no-reprediction no-filter; do
     flags=("--$name")
     [ "$name" = no-filter ] && flags=(--no-score --no-reprediction)
     run python 02_filter.py --cot "$WORK/cot.jsonl" --out "$WORK/sft-$name.jsonl" --base-url "$URL" "${flags[@]}"
     train 03_sft.py "sft-$name" --data "$WORK/sft-$name.jsonl" --target cot "${sft[@]}"
-    train 04_grpo.py "$name" --adapter "$WORK/sft-$name/best" "${rl[@]}"
+    variant "$name" --adapter "$WORK/sft-$name/best"
   done
-  step "Figure 3: the size of a group"
-  for size in 2 4 16; do
-    train 04_grpo.py "group-$size" --adapter "$WORK/sft/best" "${rl[@]}" --group-size "$size"
-  done
-  step "their scores, and Figure 5: many responses"
-  for name in no-partial no-score no-reprediction no-filter group-2 group-4 group-16; do
-    evaluate "test-$name" test --adapter "$WORK/$name/best"
-  done
-  evaluate vote-sft test --adapter "$WORK/sft/best" --samples "${SAMPLES:-32}"
-  evaluate vote test --adapter "$WORK/grpo/best" --samples "${SAMPLES:-32}"
 }
 
 began=$SECONDS
@@ -38,7 +40,7 @@ for SEED in $SEEDS; do
   (
     WORK=$ROOT/seed-$SEED
     . demo/run.sh
-    variants
+    for part in $PARTS; do "$part"; done
   )
 done
 
@@ -48,24 +50,27 @@ over() { # NAME RUN → NAME=that run of every seed
   local IFS=,
   echo "$1=${folders[*]}"
 }
-row() { rows+=("$(over "$1" "$2")"); }
+table() { # TITLE "NAME RUN" … → the table, unless PARTS left some of it out
+  local title=$1 rows=() row seed
+  shift
+  for row; do
+    for seed in $SEEDS; do
+      [ -f "$ROOT/seed-$seed/${row##*:}/metrics.json" ] || { printf '\n**%s**: %s of seed %s was not run\n' "$title" "${row##*:}" "$seed"; return; }
+    done
+    rows+=("$(over "${row%:*}" "${row##*:}")")
+  done
+  printf '\n**%s**\n\n' "$title"
+  python demo/table.py $votes "${rows[@]}"
+}
 {
-  rows=()
-  row zero-shot test-zero; row SFT test-answer; row CoT-SFT test-sft; row Only-RL test-only-rl; row JMERE-R1 test-grpo
-  row "JMERE-R1, grey images" test-grey
-  printf '\n**Five paradigms** (Tables 1 and 3)\n\n'
-  python demo/table.py "${rows[@]}"
-  rows=()
-  row JMERE-R1 test-grpo; row "no partial reward" test-no-partial; row "no score filter" test-no-score
-  row "no re-prediction filter" test-no-reprediction; row "no filter" test-no-filter
-  printf '\n**Ablations** (Table 2)\n\n'
-  python demo/table.py "${rows[@]}"
-  rows=()
-  row "G = 2" test-group-2; row "G = 4" test-group-4; row "G = 8" test-grpo; row "G = 16" test-group-16
-  printf '\n**Group size** (Figure 3)\n\n'
-  python demo/table.py "${rows[@]}"
-  printf '\n**Many responses** (Figure 5), temperature 0.8, most frequent set of quintuples\n\n'
-  python demo/table.py --votes "$(over CoT-SFT vote-sft)" "$(over JMERE-R1 vote)"
+  votes=
+  table "Five paradigms (Tables 1 and 3)" zero-shot:test-zero SFT:test-answer CoT-SFT:test-sft Only-RL:test-only-rl JMERE-R1:test-grpo \
+    "JMERE-R1, grey images:test-grey"
+  table "Ablations (Table 2)" JMERE-R1:test-grpo "no partial reward:test-no-partial" "no score filter:test-no-score" \
+    "no re-prediction filter:test-no-reprediction" "no filter:test-no-filter"
+  table "Group size (Figure 3)" "group of 2:test-group-2" "group of 4:test-group-4" "group of 8:test-grpo" "group of 16:test-group-16"
+  votes=--votes
+  table "Many responses (Figure 5), temperature 0.8, most frequent set of quintuples" CoT-SFT:vote-sft JMERE-R1:vote
   printf '\n**Share of the gain** over zero-shot, test F1\n\n'
   python - "$ROOT" $SEEDS <<'PYTHON'
 import json

@@ -16,10 +16,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ARCH=${ARCH:-qwen2_5_vl}
 WORK=${WORK:-runs/demo-$ARCH}
 RANKS=${RANKS:-2}
-MODEL=demo/base-$ARCH SEED=${SEED:-0} SFT_LR=${SFT_LR:-3e-3} RL_LR=${RL_LR:-3e-4} TEMPERATURE=${TEMPERATURE:-0.8}
+MODEL=demo/base-$ARCH SEED=${SEED:-0} SFT_LR=${SFT_LR:-3e-3} RL_LR=${RL_LR:-2e-4} TEMPERATURE=${TEMPERATURE:-0.8}
 if [ -f "$MODEL/model.safetensors" ]; then
   TRAIN=${TRAIN:-480} VAL=${VAL:-40} TEST=${TEST:-100} TOKENS=${TOKENS:-160}
-  EPOCHS_SFT=${EPOCHS_SFT:-3} EPOCHS_RL=${EPOCHS_RL:-0.5} EPOCHS_ONLY_RL=${EPOCHS_ONLY_RL:-0.1}
+  EPOCHS_SFT=${EPOCHS_SFT:-5} EPOCHS_RL=${EPOCHS_RL:-0.5} EPOCHS_ONLY_RL=${EPOCHS_ONLY_RL:-0.1}
 else # weights at random learn nothing in minutes: show the whole way, quickly
   TRAIN=${TRAIN:-32} VAL=${VAL:-8} TEST=${TEST:-12} TOKENS=${TOKENS:-64}
   EPOCHS_SFT=${EPOCHS_SFT:-2} EPOCHS_RL=${EPOCHS_RL:-1} EPOCHS_ONLY_RL=${EPOCHS_ONLY_RL:-0.5}
@@ -74,7 +74,7 @@ URL=$(cat "$WORK/teacher.url")
 train() { # script OUT arguments…
   local script=$1 out=$2
   shift 2
-  run deepspeed --num_gpus "$RANKS" --master_port "${PORT:-29500}" "$script" --model "$MODEL" --batch-size $((4 / RANKS)) --val "$WORK/world/val.jsonl" --out "$WORK/$out" --max-new-tokens "$TOKENS" "$@"
+  run deepspeed --log_level warning --num_gpus "$RANKS" --master_port "${PORT:-29500}" "$script" --model "$MODEL" --batch-size $((4 / RANKS)) --val "$WORK/world/val.jsonl" --out "$WORK/$out" --max-new-tokens "$TOKENS" "$@"
 }
 evaluate() { # OUT DATA arguments…
   local out=$1 data=$2
@@ -96,7 +96,7 @@ train 03_sft.py sft --data "$WORK/sft.jsonl" --target cot "${sft[@]}"
 train 03_sft.py sft-answer --data "$WORK/world/train.jsonl" --target answer "${sft[@]}"
 
 step "7. reinforcement learning (04), from the warm-up and from nothing"
-rl=(--data "$WORK/world/train.jsonl" --group-size 8 --lr "$RL_LR" --temperature "$TEMPERATURE")
+rl=(--data "$WORK/world/train.jsonl" --group-size 8 --lr "$RL_LR" --schedule linear --warmup-ratio 0.1 --temperature "$TEMPERATURE")
 train 04_grpo.py grpo --adapter "$WORK/sft/best" --epochs "$EPOCHS_RL" "${rl[@]}"
 train 04_grpo.py only-rl --lora-rank 32 --lora-alpha 32 --epochs "$EPOCHS_ONLY_RL" "${rl[@]}"
 

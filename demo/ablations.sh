@@ -5,24 +5,24 @@
 #   RANKS=1 SEEDS=1 PORT=29501 bash demo/ablations.sh        # one of them, beside another; run it without SEEDS at the end for all tables
 #
 # ROOT      folder of everything (default runs/ablations); run again, it goes on where it stood
-# SEEDS     default "0 1 2";  PARTS  beside the five paradigms (default "votes sizes filters");  SIZES  groups of the sweep (default "2 4 16");  SAMPLES  responses of the vote (default 16)
-# The variables of demo/run.sh hold here too.
+# SEEDS     default "0 1 2";  PARTS  beside the five paradigms (default "votes sizes filters")
+# SIZES     groups of the sweep (default "2 4 16");  SAMPLES  responses of the vote (default 16).  The variables of demo/run.sh hold here too.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-ROOT=${ROOT:-runs/ablations} SEEDS=${SEEDS:-0 1 2} PARTS=${PARTS-votes sizes filters}
+ROOT=${ROOT:-runs/ablations} SEEDS=${SEEDS:-0 1 2} PARTS=${PARTS-votes sizes filters} SIZES=${SIZES:-2 4 16}
 
 variant() { # NAME arguments of 04… → its adapter and its score on the test set
   train 04_grpo.py "$1" "${rl[@]}" "${@:2}"
   evaluate "test-$1" test --adapter "$WORK/$1/best"
 }
 votes() { # Figure 5: many responses
-  evaluate vote-sft test --adapter "$WORK/sft/best" --samples "${SAMPLES:-16}"
-  evaluate vote test --adapter "$WORK/grpo/best" --samples "${SAMPLES:-16}"
+  evaluate vote-sft test --adapter "$WORK/sft/best" --temperature 0.8 --samples "${SAMPLES:-16}"
+  evaluate vote test --adapter "$WORK/grpo/best" --temperature 0.8 --samples "${SAMPLES:-16}"
 }
 sizes() { # Figure 3, and Table 2 without the partial reward
   local size
   variant no-partial --adapter "$WORK/sft/best" --alpha 0
-  for size in ${SIZES:-2 4 16}; do variant "group-$size" --adapter "$WORK/sft/best" --group-size "$size"; done
+  for size in $SIZES; do variant "group-$size" --adapter "$WORK/sft/best" --group-size "$size"; done
 }
 filters() { # Table 2, without each filter
   local flags name
@@ -68,7 +68,9 @@ table() { # TITLE "NAME RUN" … → the table, unless PARTS left some of it out
     "JMERE-R1, grey images:test-grey"
   table "Ablations (Table 2)" JMERE-R1:test-grpo "no partial reward:test-no-partial" "no score filter:test-no-score" \
     "no re-prediction filter:test-no-reprediction" "no filter:test-no-filter"
-  table "Group size (Figure 3)" "group of 2:test-group-2" "group of 4:test-group-4" "group of 8:test-grpo" "group of 16:test-group-16"
+  sizes=("group of 8:test-grpo")
+  for size in $SIZES; do sizes+=("group of $size:test-group-$size"); done
+  table "Group size (Figure 3)" "${sizes[@]}"
   votes=--votes
   table "Many responses (Figure 5), temperature 0.8, most frequent set of quintuples" CoT-SFT:vote-sft JMERE-R1:vote
   printf '\n**Share of the gain** over zero-shot, test F1\n\n'

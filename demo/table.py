@@ -33,7 +33,7 @@ def scores(metrics):
         "F1": 100 * jmere["f1"],
         "95 % of F1": tuple(100 * x for x in jmere["f1_95"]),
         "MNER F1": 100 * metrics["scores"]["mner"]["f1"],
-        "well formed": 100 * responses["well_formed"] / responses["responses"],
+        "parsed": 100 - 100 * responses["unparsed"] / responses["responses"],
     }
 
 

@@ -402,7 +402,7 @@ def test_training_is_seeded_and_changes_every_part(tmp_path):
 
 def test_table_reads_what_05_wrote(tmp_path):
     scores = {"precision": 0.5, "recall": 0.25, "f1": 1 / 3, "f1_95": [0.2, 0.4]}
-    metrics = {"scores": {"jmere": scores, "mner": {"f1": 0.75}}, "responses": {"responses": 8, "well_formed": 6}}
+    metrics = {"scores": {"jmere": scores, "mner": {"f1": 0.75}}, "responses": {"responses": 8, "unparsed": 2}}
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
     table = [sys.executable, str(ROOT / "demo" / "table.py")]
     done = subprocess.run([*table, f"JMERE-R1={tmp_path}"], capture_output=True, text=True, check=True)
@@ -413,7 +413,7 @@ def test_table_reads_what_05_wrote(tmp_path):
         " 33.3 ",
         " 20.0–40.0  ",
         " 75.0    ",
-        " 75.0        ",
+        " 75.0   ",
     ]
     (tmp_path / "b").mkdir()
     metrics["scores"]["jmere"] = {**scores, "recall": 0.35}

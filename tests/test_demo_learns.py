@@ -10,19 +10,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SHORT = {"TRAIN": "240", "VAL": "16", "TEST": "40", "EPOCHS_SFT": "5", "EPOCHS_RL": "0.1", "EPOCHS_ONLY_RL": "0.02"}
+SHORT = {"VAL": "12", "TEST": "40", "EPOCHS_RL": "0.03", "EPOCHS_ONLY_RL": "0.01"}
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """→ (folder of the run, what it printed)"""
-    if not (ROOT / "demo" / "base-qwen2_5_vl" / "model.safetensors").exists():
+    if not (ROOT / "demo" / "base-llava" / "model.safetensors").exists():
         pytest.skip("no trained base ships")
     work = tmp_path_factory.mktemp("demo")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    settings = {**SHORT, "WORK": str(work), "DEMO_VENV": sys.prefix, "RANKS": "1", "PORT": port, "SEED": "0"}
+    settings = {**SHORT, "WORK": str(work), "DEMO_VENV": sys.prefix, "ARCH": "llava", "RANKS": "1", "PORT": port, "SEED": "0"}
     command = ["bash", str(ROOT / "demo" / "run.sh")]
     done = subprocess.run(command, env={**os.environ, **settings}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
@@ -39,8 +39,8 @@ def f1(work, run):
 
 def test_the_format_is_learnt(demo):
     responses = metrics(demo[0], "test-grpo")["responses"]
-    assert responses["responses"] == 40 and responses["well_formed"] >= 36
-    assert metrics(demo[0], "test-zero")["responses"]["well_formed"] <= 4
+    assert responses["responses"] == 40 and responses["well_formed"] >= 34
+    assert metrics(demo[0], "test-zero")["responses"]["unparsed"] >= 36  # asked without reasoning to follow: the base knows no quintuple
 
 
 def test_training_helps_and_needs_the_image(demo):

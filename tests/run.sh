@@ -21,4 +21,4 @@ export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 ruff check .
 ruff format --check .
-python -m pytest -n "${WORKERS:-2}" --dist loadfile --durations 15 "$@"
+python -m pytest -n "${WORKERS:-2}" --dist loadfile --no-loadscope-reorder --durations 15 "$@"

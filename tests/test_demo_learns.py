@@ -55,4 +55,4 @@ def test_it_ends_with_funnel_table_and_report(demo):
     assert funnel < printed.index("=== 6.")
     for name in ("zero-shot", "SFT", "CoT-SFT", "Only-RL", "JMERE-R1", "JMERE-R1, grey images"):
         assert f"\n| {name} " in table
-    assert "image/png" in (work / "test-grpo" / "report.html").read_text()
+    assert "data:image/webp;base64," in (work / "test-grpo" / "report.html").read_text()

@@ -22,7 +22,6 @@ import argparse
 import json
 import math
 import random
-import shutil
 import sys
 import time
 from collections import Counter
@@ -33,7 +32,6 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from tqdm import tqdm
 from transformers import (
     AutoImageProcessor,
-    AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
     LlamaTokenizer,
@@ -82,8 +80,6 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of the random weights and of the training [ours]")
     parser.add_argument("--train", type=int, metavar="STEPS", help="learn to see and to copy for so many steps [ours: none]")
     parser.add_argument("--see", type=int, default=200, metavar="STEPS", help="of 64 pictures: the vision tower's own schooling [ours]")
-    parser.add_argument("--stop-after", type=int, metavar="STEP", help="of the schedule of --train [ours: its end]")
-    parser.add_argument("--init", help="go on from the weights of this folder, with a new optimizer [ours: from --seed's weights]")
     parser.add_argument("--tokens", type=int, default=4000, help="of a step, padding included [ours]")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="peak, cosine to a tenth [ours]")
     return parser.parse_args(argv)
@@ -417,17 +413,15 @@ class Chat:
 def thrown_together(seed, count=3000):
     """Scenes of any figures with any sign and poster, to learn to see, and not what goes with what."""
     rng, kinds, colours = random.Random(f"scenes:{seed}"), list(world.TYPE), list(world.COLOURS)
-    figure = lambda kinds: world.Figure(rng.choice(kinds), rng.choice(colours))  # noqa: E731
-    return [
-        world.Scene(
-            figure(kinds),
-            figure(kinds),
-            rng.choice((None, *world.SIGNS)),
-            rng.choice((None, figure(list(world.POSTERS)))),
-            rng.random() < 0.5,
-        )
-        for _ in range(count)
-    ]
+
+    def figure(kinds):
+        return world.Figure(rng.choice(kinds), rng.choice(colours))
+
+    def scene():
+        left, right, sign = figure(kinds), figure(kinds), rng.choice((None, *world.SIGNS))
+        return world.Scene(left, right, sign, rng.choice((None, figure(list(world.POSTERS)))), rng.random() < 0.5)
+
+    return [scene() for _ in range(count)]
 
 
 class Pictures:
@@ -521,7 +515,7 @@ def forward(model, pictures, rng, rows):
 
 
 def learn(model, chat, pictures, scenes, args):
-    """Train all weights of `model`. Conversations get longer: seeing and near copies first, then from afar."""
+    """Train the decoder alone, the tower stays as `see` left it. Conversations get longer: near copies first, then from afar."""
     rng = random.Random(f"learn:{args.seed}")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not is_vision(name))
@@ -531,15 +525,14 @@ def learn(model, chat, pictures, scenes, args):
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
     model.train()
     began, recent = time.perf_counter(), Counter()
-    steps = min(args.train, args.stop_after or args.train)
-    bar = tqdm(total=steps, desc="learn", unit="step", disable=None)
-    for step in range(steps):
+    bar = tqdm(total=args.train, desc="learn", unit="step", disable=None)
+    for step in range(args.train):
         done = step / args.train
         lr = args.lr * min(1, (step + 1) / 60) * (0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        count, rows, size = rng.randint(1, 3) if done < 0.3 and not args.init else rng.randint(2, 7), [], 0
-        preamble = rng.choice((0, 0, 60, 180)) if done > 0.6 or args.init else 0
+        count, rows, size = rng.randint(1, 3) if done < 0.3 else rng.randint(2, 7), [], 0
+        preamble = rng.choice((0, 0, 60, 180)) if done > 0.6 else 0
         while not rows or size + max(len(ids) for _, ids, _ in rows) <= args.tokens:
             scene, text = rng.choice(scenes), tweet(rng)
             rows.append((scene, *chat.build(rng, text, turns(rng, scene, text, count), preamble)))
@@ -602,24 +595,18 @@ def save(model, out):
 
 @common.cli
 def main(args):
-    if args.init:
-        shutil.copytree(args.init, args.out, dirs_exist_ok=True)
-        model = AutoModelForImageTextToText.from_pretrained(args.out, dtype=torch.float32)
-    else:
-        model = build(args.arch, args.out, corpus(), args.seed)
+    model = build(args.arch, args.out, corpus(), args.seed)
     count, vocabulary = sum(parameter.numel() for parameter in model.parameters()), model.config.get_text_config().vocab_size
-    print(f"{args.out}: {args.arch}, {count:,} parameters, {vocabulary} tokens, weights {args.init or f'at random (seed {args.seed})'}")
+    print(f"{args.out}: {args.arch}, {count:,} parameters, {vocabulary} tokens, weights at random (seed {args.seed})")
     if args.train:
-        chat, known = Chat(args.arch, AutoTokenizer.from_pretrained(args.out)), world.scenes()
+        chat, grammar = Chat(args.arch, AutoTokenizer.from_pretrained(args.out)), set(world.scenes())
         pictures = Pictures(args.arch, args.out, args.seed)
-        seen = [scene for scene in thrown_together(args.seed) if scene not in known]
-        if not args.init:
-            see(model, pictures, seen, args)
+        seen = [scene for scene in thrown_together(args.seed) if scene not in grammar]
+        see(model, pictures, seen, args)
         seconds = learn(model, chat, pictures, seen, args)
         save(model, args.out)
-        held_out = check(model, chat, pictures, known[::5], seed=2)
-        steps = min(args.train, args.stop_after or args.train)
-        print(f"{args.out}: {steps} steps in {seconds / 60:.1f} minutes; scenes never seen: {percent(held_out)}")
+        held_out = check(model, chat, pictures, world.scenes()[::5], seed=2)
+        print(f"{args.out}: {args.train} steps in {seconds / 60:.1f} minutes; scenes never seen: {percent(held_out)}")
 
 
 if __name__ == "__main__":

@@ -17,14 +17,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ARCH=${ARCH:-llava}
 WORK=${WORK:-runs/demo-$ARCH}
 RANKS=${RANKS:-2}
-MODEL=demo/base-$ARCH SEED=${SEED:-0} SFT_LR=${SFT_LR:-3e-3} RL_LR=${RL_LR:-2e-4} TEMPERATURE=${TEMPERATURE:-0.8}
-if [ -f "$MODEL/model.safetensors" ]; then
-  TRAIN=${TRAIN:-480} VAL=${VAL:-40} TEST=${TEST:-100} TOKENS=${TOKENS:-160}
-  EPOCHS_SFT=${EPOCHS_SFT:-3} EPOCHS_RL=${EPOCHS_RL:-0.7} EPOCHS_ONLY_RL=${EPOCHS_ONLY_RL:-0.1}
-else # weights at random learn nothing in minutes: show the whole way, quickly
-  TRAIN=${TRAIN:-32} VAL=${VAL:-8} TEST=${TEST:-12} TOKENS=${TOKENS:-64}
-  EPOCHS_SFT=${EPOCHS_SFT:-2} EPOCHS_RL=${EPOCHS_RL:-1} EPOCHS_ONLY_RL=${EPOCHS_ONLY_RL:-0.5}
-fi
+MODEL=demo/base-$ARCH SEED=${SEED:-0} SFT_LR=${SFT_LR:-3e-3} RL_LR=${RL_LR:-1e-4} TEMPERATURE=${TEMPERATURE:-0.4}
+TRAIN=${TRAIN:-480} VAL=${VAL:-40} TEST=${TEST:-100} TOKENS=${TOKENS:-192}
+EPOCHS_SFT=${EPOCHS_SFT:-3} EPOCHS_RL=${EPOCHS_RL:-1} EPOCHS_ONLY_RL=${EPOCHS_ONLY_RL:-0.1}
+case $RANKS in 1 | 2 | 4) ;; *) echo "error: RANKS=$RANKS: expected 1, 2 or 4; they share the examples of a step" >&2; exit 2 ;; esac
+[ -f "$MODEL/model.safetensors" ] || { echo "error: ARCH=$ARCH: no $MODEL/model.safetensors; llava and qwen2_5_vl ship" >&2; exit 2; }
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export OPENAI_API_KEY=demo # any key will do: the teacher is ours
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -53,13 +50,7 @@ mkdir -p "$WORK"
 run python demo/world.py --out "$WORK/world" --train "$TRAIN" --val "$VAL" --test "$TEST" --seed "$SEED"
 
 step "2. the model: a tiny $ARCH"
-if [ -f "$MODEL/model.safetensors" ]; then
-  echo "$MODEL: learnt to see and to copy, nothing else (demo/make_base.py --train)"
-else
-  MODEL=$WORK/model
-  echo "no trained $ARCH ships here: weights at random. Everything runs, and scores near zero are right; or train one: demo/make_base.py"
-  [ -f "$MODEL/generation_config.json" ] || run python demo/make_base.py --arch "$ARCH" --out "$MODEL" --seed "$SEED"
-fi
+echo "$MODEL: learnt to see and to copy, nothing else (demo/make_base.py --train)"
 
 step "3. the teacher"
 rm -f "$WORK/teacher.url"
@@ -75,7 +66,7 @@ URL=$(cat "$WORK/teacher.url")
 train() { # script OUT arguments…
   local script=$1 out=$2
   shift 2
-  run deepspeed --log_level warning --num_gpus "$RANKS" --master_port "${PORT:-29500}" "$script" --model "$MODEL" --batch-size $((4 / RANKS)) --val "$WORK/world/val.jsonl" --out "$WORK/$out" --max-new-tokens "$TOKENS" "$@"
+  run deepspeed --log_level warning --num_gpus "$RANKS" --master_port "${PORT:-29500}" "$script" --model "$MODEL" --val "$WORK/world/val.jsonl" --out "$WORK/$out" --max-new-tokens "$TOKENS" "$@"
 }
 evaluate() { # OUT DATA arguments…
   local out=$1 data=$2
@@ -92,12 +83,12 @@ step "5. filter (02)"
 run python 02_filter.py --cot "$WORK/cot.jsonl" --out "$WORK/sft.jsonl" --base-url "$URL"
 
 step "6. supervised warm-up (03), and the baseline that learns the answer alone"
-sft=(--lora-rank 32 --lora-alpha 32 --lr "$SFT_LR" --epochs "$EPOCHS_SFT")
+sft=(--batch-size $((4 / RANKS)) --lora-rank 32 --lora-alpha 32 --lr "$SFT_LR" --epochs "$EPOCHS_SFT")
 train 03_sft.py sft --data "$WORK/sft.jsonl" --target cot "${sft[@]}"
 train 03_sft.py sft-answer --data "$WORK/world/train.jsonl" --target answer "${sft[@]}"
 
 step "7. reinforcement learning (04), from the warm-up and from nothing"
-rl=(--data "$WORK/world/train.jsonl" --group-size 8 --lr "$RL_LR" --schedule linear --warmup-ratio 0.1 --temperature "$TEMPERATURE")
+rl=(--data "$WORK/world/train.jsonl" --batch-size $((8 / RANKS)) --group-size 8 --lr "$RL_LR" --schedule linear --warmup-ratio 0.1 --temperature "$TEMPERATURE")
 train 04_grpo.py grpo --adapter "$WORK/sft/best" --epochs "$EPOCHS_RL" "${rl[@]}"
 train 04_grpo.py only-rl --lora-rank 32 --lora-alpha 32 --epochs "$EPOCHS_ONLY_RL" "${rl[@]}"
 
@@ -112,5 +103,4 @@ evaluate test-grey grey --adapter "$WORK/grpo/best"
 step "9. the table"
 run python demo/table.py "zero-shot=$WORK/test-zero" "SFT=$WORK/test-answer" "CoT-SFT=$WORK/test-sft" "Only-RL=$WORK/test-only-rl" \
   "JMERE-R1=$WORK/test-grpo" "JMERE-R1, grey images=$WORK/test-grey" | tee "$WORK/table.md"
-[ -f "demo/base-$ARCH/model.safetensors" ] || echo "The weights were random and saw a few examples: scores near zero are right here."
 echo "Everything is in $WORK; open $WORK/test-grpo/report.html."

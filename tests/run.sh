@@ -21,4 +21,5 @@ export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 ruff check .
 ruff format --check .
+# Files in the order of their names, not by their number of tests: test_demo_learns.py is minutes long and must not start last.
 python -m pytest -n "${WORKERS:-2}" --dist loadfile --no-loadscope-reorder --durations 15 "$@"

@@ -18,7 +18,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
-from demo import teacher, world
+from demo import summary, teacher, world
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -442,6 +442,31 @@ def test_table_reads_what_05_wrote(tmp_path):
     missing = subprocess.run([*table, "x=nowhere"], capture_output=True, text=True)
     assert missing.returncode == 2
     assert "nowhere/metrics.json: no scores to read" in missing.stderr
+
+
+def test_summary_shares_the_gain_and_draws(tmp_path):
+    def write(path, content):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+
+    for seed, grpo in ((1, 0.6), (2, 0.0)):
+        folder = tmp_path / f"seed-{seed}"
+        for run, f1 in (("test-zero", 0.1 * (seed == 1)), ("test-sft", 0.5), ("test-grpo", grpo), ("test-group-2", 0.4)):
+            write(folder / run / "metrics.json", json.dumps({"scores": {"jmere": {"f1": f1}}}))
+        rewards = [0.5, 0.7, 0.9, 1.1, 1.0, 0.8, *[0.9] * 6]
+        write(folder / "grpo" / "metrics.jsonl", "".join(json.dumps({"step": i, "reward": r}) + "\n" for i, r in enumerate(rewards)))
+    write(tmp_path / "seed-1" / "test-group-4" / "metrics.json", json.dumps({"scores": {"jmere": {"f1": 0.4}}}))
+    assert summary.group_sizes([tmp_path / "seed-1", tmp_path / "seed-2"]) == [2, 8]  # of 4, seed 2 has none
+    command = [sys.executable, str(ROOT / "demo" / "summary.py"), str(tmp_path), "--seeds", "1", "2", "--out", str(tmp_path / "x.png")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[2:] == [
+        "| 1 | 10.0 | 50.0 | 60.0 | 80 % | 20 % | 0.80 → 0.90 |",
+        "| 2 | 0.0 | 50.0 | 0.0 | no gain | no gain | 0.80 → 0.90 |",
+    ]
+    assert Image.open(tmp_path / "x.png").size == (960, 272)
+    missing = subprocess.run([*command, "--seeds", "3"], capture_output=True, text=True)
+    assert missing.returncode == 2
+    assert "seed-3/test-zero/metrics.json: no scores to read" in missing.stderr
 
 
 def test_command_line_writes_what_it_says(tmp_path):

@@ -12,7 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ROOT=${ROOT:-runs/ablations} SEEDS=${SEEDS:-3 4 5} PARTS=${PARTS-figure5 table2 figure3} SIZES=${SIZES:-2 4 16}
 
 variant() { # NAME arguments of 04… → its adapter and its score on the test set
-  train 04_grpo.py "$1" "${rl[@]}" "${@:2}"
+  train 04_grpo.py "$1" --epochs "$EPOCHS_RL" "${rl[@]}" "${@:2}"
   evaluate "test-$1" test --adapter "$WORK/$1/best"
 }
 table2() { # without the partial reward, without each filter

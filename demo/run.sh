@@ -18,13 +18,13 @@ ARCH=${ARCH:-llava}
 WORK=${WORK:-runs/demo-$ARCH}
 RANKS=${RANKS:-2}
 MODEL=demo/base-$ARCH SEED=${SEED:-0} SFT_LR=${SFT_LR:-3e-3} RL_LR=${RL_LR:-1e-4} TEMPERATURE=${TEMPERATURE:-0.4}
-TRAIN=${TRAIN:-480} VAL=${VAL:-40} TEST=${TEST:-100} TOKENS=${TOKENS:-192}
+TRAIN=${TRAIN:-480} VAL=${VAL:-40} TEST=${TEST:-200} TOKENS=${TOKENS:-192}
 EPOCHS_SFT=${EPOCHS_SFT:-3} EPOCHS_RL=${EPOCHS_RL:-1} EPOCHS_ONLY_RL=${EPOCHS_ONLY_RL:-0.1}
 case $RANKS in 1 | 2 | 4) ;; *) echo "error: RANKS=$RANKS: expected 1, 2 or 4; they share the examples of a step" >&2; exit 2 ;; esac
 [ -f "$MODEL/model.safetensors" ] || { echo "error: ARCH=$ARCH: no $MODEL/model.safetensors; llava and qwen2_5_vl ship" >&2; exit 2; }
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export OPENAI_API_KEY=demo # any key will do: the teacher is ours
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore::FutureWarning # of the libraries among themselves
 unset OPENAI_BASE_URL
 
 step() { printf '\n=== %s\n' "$*"; }
@@ -88,7 +88,8 @@ train 03_sft.py sft --data "$WORK/sft.jsonl" --target cot "${sft[@]}"
 train 03_sft.py sft-answer --data "$WORK/world/train.jsonl" --target answer "${sft[@]}"
 
 step "7. reinforcement learning (04), from the warm-up and from nothing"
-rl=(--data "$WORK/world/train.jsonl" --batch-size $((8 / RANKS)) --group-size 8 --lr "$RL_LR" --schedule linear --warmup-ratio 0.1 --temperature "$TEMPERATURE")
+rl=(--data "$WORK/world/train.jsonl" --batch-size $((8 / RANKS)) --group-size 8 --skip-constant-groups --lr "$RL_LR" --schedule linear --warmup-ratio 0.1
+  --temperature "$TEMPERATURE")
 train 04_grpo.py grpo --adapter "$WORK/sft/best" --epochs "$EPOCHS_RL" "${rl[@]}"
 train 04_grpo.py only-rl --lora-rank 32 --lora-alpha 32 --epochs "$EPOCHS_ONLY_RL" "${rl[@]}"
 

@@ -28,7 +28,9 @@ table2() { # without the partial reward, without each filter
 }
 figure3() { # the size of a group
   local size
-  for size in $SIZES; do variant "group-$size" --adapter "$WORK/sft/best" --group-size "$size"; done
+  for size in $SIZES; do
+    [ "$size" = 8 ] || variant "group-$size" --adapter "$WORK/sft/best" --group-size "$size" # 8 is the run of the five paradigms
+  done
 }
 figure5() { # many responses
   evaluate vote-sft test --adapter "$WORK/sft/best" --temperature 0.8 --samples "${SAMPLES:-16}"
@@ -64,12 +66,19 @@ table() { # TITLE NAME:RUN … → the table over seeds, unless PARTS left some 
     "JMERE-R1, grey images:test-grey"
   table "Ablations (Table 2)" JMERE-R1:test-grpo "no partial reward:test-no-partial" "no score filter:test-no-score" \
     "no re-prediction filter:test-no-reprediction" "no filter:test-no-filter"
-  sizes=("group of 8:test-grpo")
-  for size in $SIZES; do sizes+=("group of $size:test-group-$size"); done
+  sizes=()
+  for size in $(printf '%s\n' 8 $SIZES | sort -nu); do
+    [ "$size" = 8 ] && sizes+=("group of 8:test-grpo") || sizes+=("group of $size:test-group-$size")
+  done
   table "Group size (Figure 3)" "${sizes[@]}"
   flags=--votes
   table "Many responses (Figure 5), temperature 0.8, most frequent set of quintuples" CoT-SFT:vote-sft JMERE-R1:vote
   printf '\n**Share of the gain** over zero-shot, test F1\n\n'
   python demo/summary.py "$ROOT" --seeds $SEEDS --out "$ROOT/figures.png"
+  printf '\n**GRPO against its start**, paired bootstrap over tweets, a seed after the other\n\n```\n'
+  for seed in $SEEDS; do
+    python 05_eval.py --compare "CoT-SFT=$ROOT/seed-$seed/test-sft" "JMERE-R1=$ROOT/seed-$seed/test-grpo" | grep -E '^(Trained|CoT-SFT|JMERE-R1) '
+  done
+  echo '```'
 } | tee "$ROOT/tables.md"
 echo "$(((SECONDS - began) / 60)) minutes; the tables are in $ROOT/tables.md, the curves in $ROOT/figures.png."

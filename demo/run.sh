@@ -10,7 +10,8 @@
 # RANKS     processes of 03 and 04: 1, 2 (default) or 4;  PORT  of DeepSpeed (default 29500): two runs at once need two
 # TRAIN, VAL, TEST   examples of each split;  SEED
 # EPOCHS_SFT, EPOCHS_RL, EPOCHS_ONLY_RL, SFT_LR, RL_LR, TEMPERATURE, TOKENS   what a model of two million parameters needs; the paper's values
-#           are the defaults of 03, 04 and 05. The scores here are greedy, as validation is
+#           are the defaults of 03, 04 and 05. An update takes 4 examples (03) or 8 (04) over all ranks; groups whose rewards are all equal
+#           are left out (by default 04 keeps them: their KL counts). The scores here are greedy, as validation is
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -66,13 +67,15 @@ URL=$(cat "$WORK/teacher.url")
 train() { # script OUT arguments…
   local script=$1 out=$2
   shift 2
-  run deepspeed --log_level warning --num_gpus "$RANKS" --master_port "${PORT:-29500}" "$script" --model "$MODEL" --val "$WORK/world/val.jsonl" --out "$WORK/$out" --max-new-tokens "$TOKENS" "$@"
+  run deepspeed --log_level warning --num_gpus "$RANKS" --master_port "${PORT:-29500}" "$script" --model "$MODEL" --val "$WORK/world/val.jsonl" \
+    --out "$WORK/$out" --max-new-tokens "$TOKENS" "$@"
 }
 evaluate() { # OUT DATA arguments…
   local out=$1 data=$2
   shift 2
   echo "+ python 05_eval.py --data $data … → $WORK/$out.txt"
-  python 05_eval.py --model "$MODEL" --data "$WORK/world/$data.jsonl" --out "$WORK/$out" --max-new-tokens "$TOKENS" --batch-rows 40 --temperature 0 "$@" >"$WORK/$out.txt"
+  python 05_eval.py --model "$MODEL" --data "$WORK/world/$data.jsonl" --out "$WORK/$out" --max-new-tokens "$TOKENS" --batch-rows 40 \
+    --temperature 0 "$@" >"$WORK/$out.txt"
 }
 
 # From here on: the commands of the README, with small numbers.
@@ -88,8 +91,8 @@ train 03_sft.py sft --data "$WORK/sft.jsonl" --target cot "${sft[@]}"
 train 03_sft.py sft-answer --data "$WORK/world/train.jsonl" --target answer "${sft[@]}"
 
 step "7. reinforcement learning (04), from the warm-up and from nothing"
-rl=(--data "$WORK/world/train.jsonl" --batch-size $((8 / RANKS)) --group-size 8 --skip-constant-groups --lr "$RL_LR" --schedule linear --warmup-ratio 0.1
-  --temperature "$TEMPERATURE")
+rl=(--data "$WORK/world/train.jsonl" --batch-size $((8 / RANKS)) --group-size 8 --skip-constant-groups --temperature "$TEMPERATURE"
+  --lr "$RL_LR" --schedule linear --warmup-ratio 0.1)
 train 04_grpo.py grpo --adapter "$WORK/sft/best" --epochs "$EPOCHS_RL" "${rl[@]}"
 train 04_grpo.py only-rl --lora-rank 32 --lora-alpha 32 --epochs "$EPOCHS_ONLY_RL" "${rl[@]}"
 

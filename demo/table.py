@@ -1,10 +1,10 @@
-"""The table of paradigms (Table 1) from the metrics.json files that 05 left: quintuple P, R, F1, typed-entity F1, 95 % intervals.
+"""The table of paradigms (Table 1) from what 05 left: quintuple P, R, F1, typed-entity F1, 95 % intervals, mean reward (Eq. 5).
 
     python demo/table.py zero-shot=runs/demo/test-zero JMERE-R1=runs/demo/test-grpo
     python demo/table.py JMERE-R1=runs/a/test-grpo,runs/b/test-grpo     # several seeds: mean ± standard deviation over them
     python demo/table.py --votes JMERE-R1=runs/a/vote,runs/b/vote       # what many responses are worth (Figure 5)
 
-Reads:  FOLDER/metrics.json of each NAME=FOLDER.  Writes: the table, to the screen.
+Reads:  metrics.json and predictions.jsonl in FOLDER of each NAME=FOLDER.  Writes: the table, to the screen.
 """
 
 import argparse
@@ -24,8 +24,29 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def scores(metrics):
+def read(folder, *parts):
+    """metrics.json of a run, as a dict that has these parts. Raises InputError otherwise."""
+    path = Path(folder) / "metrics.json"
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        return {part: metrics[part] for part in parts}
+    except (OSError, ValueError, KeyError) as error:
+        fault = f"{path}: no scores to read ({type(error).__name__}: {error})"
+        raise common.InputError(f"{fault}: made by 05_eval.py on data with gold{', with --samples' * ('samples' in parts)}") from None
+
+
+def reward(folder):
+    """Mean reward (Eq. 5) of a run's responses, as 04 would have given it: 0 … 1.5."""
+    rewards = []
+    for _, row in common.read_jsonl(Path(folder) / "predictions.jsonl"):
+        gold = [common.quintuple(*q) for q in row["quintuples"]]
+        rewards += [common.reward(response["text"], gold).total for response in row["responses"]]
+    return mean(rewards)
+
+
+def scores(folder):
     """{column: figure} of one run; the interval as (low, high)."""
+    metrics = read(folder, "scores", "responses")
     jmere, responses = metrics["scores"]["jmere"], metrics["responses"]
     return {
         "JMERE P": 100 * jmere["precision"],
@@ -34,12 +55,13 @@ def scores(metrics):
         "95 % of F1": tuple(100 * x for x in jmere["f1_95"]),
         "MNER F1": 100 * metrics["scores"]["mner"]["f1"],
         "parsed": 100 - 100 * responses["unparsed"] / responses["responses"],
+        "reward (≤ 1.5)": reward(folder),
     }
 
 
-def votes(metrics):
+def votes(folder):
     """{column: figure} of one run with many responses: F1@1, F1@2, F1@4, … and the spread of the responses."""
-    many = metrics["samples"]
+    many = read(folder, "samples")["samples"]
     curve = {k: 100 * f1 for k, f1, _ in many["f1_at_k"]}
     shown = {f"F1@{k}": curve[k] for k in sorted({*(2**i for i in range(many["n"].bit_length())), many["n"]})}
     rest = {"best of N": 100 * many["best_of_n"], "distinct answers": many["distinct_answers"], "paths": many["distinct_paths"]}
@@ -47,22 +69,23 @@ def votes(metrics):
 
 
 def row(name, folders, figures):
-    runs = []
-    for folder in folders:
-        path = Path(folder) / "metrics.json"
-        try:
-            runs.append(figures(json.loads(path.read_text(encoding="utf-8"))))
-        except (OSError, ValueError, KeyError) as error:
-            fault = f"{path}: no scores to read ({type(error).__name__}: {error})"
-            raise common.InputError(f"{fault}: made by 05_eval.py on data with gold{', with --samples' * (figures is votes)}") from None
+    runs = [figures(folder) for folder in folders]
     cells = {}
     for column, first in runs[0].items():
         values = [run[column] for run in runs]
+        digits = 2 if column.startswith("reward") else 1
         if isinstance(first, tuple):  # the interval over tweets of one run says nothing of several
             cells |= {column: "–".join(f"{x:.1f}" for x in first)} if len(runs) == 1 else {}
         else:
-            cells[column] = f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(runs) > 1 else "")
+            cells[column] = f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(runs) > 1 else "")
     return {"test set (%)": name, **cells}
+
+
+def print_table(lines):
+    """Markdown with aligned columns; the first of `lines`, lists of cells, is the head."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in (lines[0], ["-" * width for width in widths], *lines[1:]):
+        print(f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths))} |")
 
 
 @common.cli
@@ -72,10 +95,7 @@ def main(args):
         raise common.InputError(f"{wrong[0]}: expected NAME=FOLDER")
     named = [run.split("=", 1) for run in args.runs]
     rows = [row(name, folders.split(","), votes if args.votes else scores) for name, folders in named]
-    lines = [list(rows[0]), *([cells.get(column, "") for column in rows[0]] for cells in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * width for width in widths])
-    print("\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines))
+    print_table([list(rows[0]), *([cells.get(column, "") for column in rows[0]] for cells in rows)])
 
 
 if __name__ == "__main__":

@@ -400,10 +400,20 @@ def test_training_is_seeded_and_changes_every_part(tmp_path):
     assert not any(torch.equal(start[name], again[name]) for name in again if name.endswith("proj.weight"))
 
 
+GOLD = ["Emma", "per", "Noah", "per", "couple"]
+RIGHT = "<think>\nx\n</think>\n<answer>\n[Emma, per, Noah, per, couple]\n</answer>"  # reward 1 + 0.2·2 + 0.1 (Eq. 5)
+
+
+def stored(*texts):
+    """predictions.jsonl of one tweet with these responses."""
+    return json.dumps({"quintuples": [GOLD], "responses": [{"text": text} for text in texts]}) + "\n"
+
+
 def test_table_reads_what_05_wrote(tmp_path):
     scores = {"precision": 0.5, "recall": 0.25, "f1": 1 / 3, "f1_95": [0.2, 0.4]}
     metrics = {"scores": {"jmere": scores, "mner": {"f1": 0.75}}, "responses": {"responses": 8, "unparsed": 2}}
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    (tmp_path / "predictions.jsonl").write_text(stored(RIGHT, "no answer") + stored(RIGHT, RIGHT))
     table = [sys.executable, str(ROOT / "demo" / "table.py")]
     done = subprocess.run([*table, f"JMERE-R1={tmp_path}"], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[2].split("|")[1:-1] == [
@@ -414,6 +424,7 @@ def test_table_reads_what_05_wrote(tmp_path):
         " 20.0–40.0  ",
         " 75.0    ",
         " 75.0   ",
+        " 1.12           ",
     ]
     (tmp_path / "b").mkdir()
     metrics["scores"]["jmere"] = {**scores, "recall": 0.35}
@@ -425,6 +436,7 @@ def test_table_reads_what_05_wrote(tmp_path):
         "distinct_paths": 2,
     }
     (tmp_path / "b" / "metrics.json").write_text(json.dumps(metrics))
+    (tmp_path / "b" / "predictions.jsonl").write_text(stored(RIGHT))
     done = subprocess.run([*table, "two=FOLDER,FOLDER/b".replace("FOLDER", str(tmp_path))], capture_output=True, text=True, check=True)
     assert [cell.strip() for cell in done.stdout.splitlines()[2].split("|")[1:-1]] == [
         "two",
@@ -433,6 +445,7 @@ def test_table_reads_what_05_wrote(tmp_path):
         "33.3 ± 0.0",
         "75.0 ± 0.0",
         "75.0 ± 0.0",
+        "1.31 ± 0.27",
     ]
     done = subprocess.run([*table, "--votes", f"x={tmp_path / 'b'}"], capture_output=True, text=True, check=True)
     assert [line.split("|")[2:-1] for line in done.stdout.replace(" ", "").splitlines()[::2]] == [
@@ -453,20 +466,25 @@ def test_summary_shares_the_gain_and_draws(tmp_path):
         folder = tmp_path / f"seed-{seed}"
         for run, f1 in (("test-zero", 0.1 * (seed == 1)), ("test-sft", 0.5), ("test-grpo", grpo), ("test-group-2", 0.4)):
             write(folder / run / "metrics.json", json.dumps({"scores": {"jmere": {"f1": f1}}}))
+            write(folder / run / "predictions.jsonl", stored(RIGHT, *["no answer"] * (run == "test-sft")))
         rewards = [0.5, 0.7, 0.9, 1.1, 1.0, 0.8, *[0.9] * 6]
         write(folder / "grpo" / "metrics.jsonl", "".join(json.dumps({"step": i, "reward": r}) + "\n" for i, r in enumerate(rewards)))
     write(tmp_path / "seed-1" / "test-group-4" / "metrics.json", json.dumps({"scores": {"jmere": {"f1": 0.4}}}))
     assert summary.group_sizes([tmp_path / "seed-1", tmp_path / "seed-2"]) == [2, 8]  # of 4, seed 2 has none
     command = [sys.executable, str(ROOT / "demo" / "summary.py"), str(tmp_path), "--seeds", "1", "2", "--out", str(tmp_path / "x.png")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[2:] == [
-        "| 1 | 10.0 | 50.0 | 60.0 | 80 % | 20 % | 0.80 → 0.90 |",
-        "| 2 | 0.0 | 50.0 | 0.0 | no gain | no gain | 0.80 → 0.90 |",
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:]] == [
+        ["1", "10.0", "50.0", "60.0", "80 %", "20 %", "0.75 → 1.50"],
+        ["2", "0.0", "50.0", "0.0", "no gain", "no gain", "0.75 → 1.50"],
     ]
-    assert Image.open(tmp_path / "x.png").size == (960, 272)
+    assert Image.open(tmp_path / "x.png").size == (960, 288)
     missing = subprocess.run([*command, "--seeds", "3"], capture_output=True, text=True)
     assert missing.returncode == 2
     assert "seed-3/test-zero/metrics.json: no scores to read" in missing.stderr
+    (tmp_path / "seed-2" / "grpo" / "metrics.jsonl").unlink()
+    untrained = subprocess.run(command, capture_output=True, text=True)
+    assert untrained.returncode == 2
+    assert "seed-2/grpo/metrics.jsonl: cannot read" in untrained.stderr
 
 
 def test_command_line_writes_what_it_says(tmp_path):

@@ -5,10 +5,11 @@
 #   ARCH=qwen2_5_vl bash demo/run.sh      # tiny Qwen2.5-VL
 #   WORK=/tmp/demo RANKS=1 bash demo/run.sh
 #
-# WORK      folder of everything made here (default runs/demo-$ARCH); run again, it goes on where it stood, delete it to start anew
+# WORK      folder of everything made here (default runs/demo-$ARCH); run again, it goes on where it stood. Delete it to start anew; after a
+#           change to 04, delete its grpo, test-grpo and test-grey: a finished run does not ask what code made it
 # DEMO_VENV virtual environment to use; by default .venv is created and requirements.txt installed into it
-# RANKS     processes of 03 and 04: 1, 2 (default) or 4;  PORT  of DeepSpeed (default 29500): two runs at once need two
-# TRAIN, VAL, TEST   examples of each split;  SEED
+# RANKS     processes of 03 and 04: 1, 2 (default; 1 where there is one GPU) or 4;  PORT  of DeepSpeed (default 29500): two runs at once need two
+# TRAIN, VAL, TEST   examples of each split;  SEED  of the world and of the teacher's errors;  TRAIN_SEED  of 03, 04 and 05 (both default 0)
 # EPOCHS_SFT, EPOCHS_RL, EPOCHS_ONLY_RL, SFT_LR, RL_LR, TEMPERATURE, TOKENS   what a model of two million parameters needs; the paper's values
 #           are the defaults of 03, 04 and 05. An update takes 4 examples (03) or 8 (04) over all ranks; groups whose rewards are all equal
 #           are left out (by default 04 keeps them: their KL counts). The scores here are greedy, as validation is
@@ -17,27 +18,34 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 ARCH=${ARCH:-llava}
 WORK=${WORK:-runs/demo-$ARCH}
-RANKS=${RANKS:-2}
-MODEL=demo/base-$ARCH SEED=${SEED:-0} SFT_LR=${SFT_LR:-3e-3} RL_LR=${RL_LR:-1e-4} TEMPERATURE=${TEMPERATURE:-0.4}
+MODEL=demo/base-$ARCH SEED=${SEED:-0} TRAIN_SEED=${TRAIN_SEED:-0} SFT_LR=${SFT_LR:-3e-3} RL_LR=${RL_LR:-1e-4} TEMPERATURE=${TEMPERATURE:-0.4}
 TRAIN=${TRAIN:-480} VAL=${VAL:-40} TEST=${TEST:-200} TOKENS=${TOKENS:-192}
 EPOCHS_SFT=${EPOCHS_SFT:-3} EPOCHS_RL=${EPOCHS_RL:-1} EPOCHS_ONLY_RL=${EPOCHS_ONLY_RL:-0.1}
-case $RANKS in 1 | 2 | 4) ;; *) echo "error: RANKS=$RANKS: expected 1, 2 or 4; they share the examples of a step" >&2; exit 2 ;; esac
-[ -f "$MODEL/model.safetensors" ] || { echo "error: ARCH=$ARCH: no $MODEL/model.safetensors; llava and qwen2_5_vl ship" >&2; exit 2; }
+stop() { # EXIT-CODE message
+  echo "error: ${*:2}" >&2
+  exit "$1"
+}
+case ${RANKS:=} in '' | 1 | 2 | 4) ;; *) stop 2 "RANKS=$RANKS: expected 1, 2 or 4; they share the examples of a step" ;; esac
+[ -f "$MODEL/model.safetensors" ] || stop 2 "ARCH=$ARCH: no $MODEL/model.safetensors; llava and qwen2_5_vl ship"
+command -v "${CXX:-c++}" >/dev/null || stop 2 "no C++ compiler: DeepSpeed builds an operation (Debian: apt install g++ python3-dev)"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export OPENAI_API_KEY=demo # any key will do: the teacher is ours
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore::FutureWarning # of the libraries among themselves
+export NO_PROXY="127.0.0.1,${NO_PROXY:-${no_proxy:-}}" && export no_proxy=$NO_PROXY
 unset OPENAI_BASE_URL
 
 step() { printf '\n=== %s\n' "$*"; }
 run() { # show the command as one would type it, then do it
-  printf '+ %s\n' "$*"
+  printf '+'
+  printf ' %q' "$@"
+  printf '\n'
   "$@"
 }
 
 step "0. environment"
 if [ -z "${DEMO_VENV:-}" ]; then
   DEMO_VENV=.venv
-  [ -x .venv/bin/python ] || run python3 -m venv .venv
+  [ -x .venv/bin/pip ] || run python3 -m venv .venv
   if ! cmp -s requirements.txt .venv/requirements.installed; then # installed once, and again when the file changes
     run .venv/bin/python -m pip install --quiet -r requirements.txt
     cp requirements.txt .venv/requirements.installed
@@ -45,6 +53,10 @@ if [ -z "${DEMO_VENV:-}" ]; then
 fi
 export PATH="$(cd "$DEMO_VENV/bin" && pwd):$PATH" # deepspeed and ninja are found here
 python -c 'import sys, torch, transformers; print(sys.executable, "torch", torch.__version__, "transformers", transformers.__version__)'
+[ -f "$(python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] || stop 2 "no Python.h (Debian: apt install python3-dev)"
+GPUS=$(python -c 'import torch; print(torch.cuda.device_count())')
+[ -n "$RANKS" ] || RANKS=$((GPUS == 1 ? 1 : 2))
+[ "$GPUS" = 0 ] || [ "$RANKS" -le "$GPUS" ] || stop 2 "RANKS=$RANKS: a rank takes a GPU, and there are $GPUS"
 
 step "1. the world: $TRAIN / $VAL / $TEST tweets with pictures"
 mkdir -p "$WORK"
@@ -59,7 +71,7 @@ python demo/teacher.py --port 0 --ready-file "$WORK/teacher.url" --seed "$SEED" 
 TEACHER=$!
 trap 'kill "$TEACHER" 2>/dev/null || true; wait "$TEACHER" 2>/dev/null || true' EXIT
 until [ -s "$WORK/teacher.url" ]; do
-  kill -0 "$TEACHER" 2>/dev/null || { echo "error: the teacher did not start" >&2; exit 1; }
+  kill -0 "$TEACHER" 2>/dev/null || stop 1 "the teacher did not start"
   sleep 0.1
 done
 URL=$(cat "$WORK/teacher.url")
@@ -68,14 +80,15 @@ train() { # script OUT arguments…
   local script=$1 out=$2
   shift 2
   run deepspeed --log_level warning --num_gpus "$RANKS" --master_port "${PORT:-29500}" "$script" --model "$MODEL" --val "$WORK/world/val.jsonl" \
-    --out "$WORK/$out" --max-new-tokens "$TOKENS" "$@"
+    --out "$WORK/$out" --max-new-tokens "$TOKENS" --seed "$TRAIN_SEED" "$@" | tee -i "$WORK/$out.txt"
+  grep -q '^done: ' "$WORK/$out.txt" || stop 3 "$out stopped before its end; run this again to go on" # asked to stop, 03 and 04 save and exit 0
 }
 evaluate() { # OUT DATA arguments…
   local out=$1 data=$2
   shift 2
   echo "+ python 05_eval.py --data $data … → $WORK/$out.txt"
   python 05_eval.py --model "$MODEL" --data "$WORK/world/$data.jsonl" --out "$WORK/$out" --max-new-tokens "$TOKENS" --batch-rows 40 \
-    --temperature 0 "$@" >"$WORK/$out.txt"
+    --temperature 0 --seed "$TRAIN_SEED" "$@" >"$WORK/$out.txt"
 }
 
 # From here on: the commands of the README, with small numbers.
@@ -105,6 +118,6 @@ evaluate test-grpo test --adapter "$WORK/grpo/best" --report
 evaluate test-grey grey --adapter "$WORK/grpo/best"
 
 step "9. the table"
-run python demo/table.py "zero-shot=$WORK/test-zero" "SFT=$WORK/test-answer" "CoT-SFT=$WORK/test-sft" "Only-RL=$WORK/test-only-rl" \
+python demo/table.py "zero-shot=$WORK/test-zero" "SFT=$WORK/test-answer" "CoT-SFT=$WORK/test-sft" "Only-RL=$WORK/test-only-rl" \
   "JMERE-R1=$WORK/test-grpo" "JMERE-R1, grey images=$WORK/test-grey" | tee "$WORK/table.md"
-echo "Everything is in $WORK; open $WORK/test-grpo/report.html."
+echo "$((SECONDS / 60)) min $((SECONDS % 60)) s. Everything is in $WORK; open $WORK/test-grpo/report.html."

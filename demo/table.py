@@ -36,9 +36,11 @@ def read(folder, *parts):
 
 
 def reward(folder):
-    """Mean reward (Eq. 5) of a run's responses, as 04 would have given it: 0 … 1.5."""
+    """Mean reward (Eq. 5) of a run's responses, as 04 would give it: 0 … 1.5; None where they were asked for the answer alone."""
     rewards = []
     for _, row in common.read_jsonl(Path(folder) / "predictions.jsonl"):
+        if row["prompt"] == "direct":
+            return None
         gold = [common.quintuple(*q) for q in row["quintuples"]]
         rewards += [common.reward(response["text"], gold).total for response in row["responses"]]
     return mean(rewards)
@@ -68,23 +70,31 @@ def votes(folder):
     return shown | rest
 
 
+def spread(values, digits=1, sign=""):
+    """Mean of one figure over seeds, ± its standard deviation."""
+    return f"{mean(values):{sign}.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
 def row(name, folders, figures):
     runs = [figures(folder) for folder in folders]
     cells = {}
     for column, first in runs[0].items():
         values = [run[column] for run in runs]
-        digits = 2 if column.startswith("reward") else 1
-        if isinstance(first, tuple):  # the interval over tweets of one run says nothing of several
+        if None in values:
+            cells[column] = "–"
+        elif isinstance(first, tuple):  # the interval over tweets of one run says nothing of several
             cells |= {column: "–".join(f"{x:.1f}" for x in first)} if len(runs) == 1 else {}
         else:
-            cells[column] = f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(runs) > 1 else "")
+            cells[column] = spread(values, digits=2 if column.startswith("reward") else 1)
     return {"test set (%)": name, **cells}
 
 
-def print_table(lines):
-    """Markdown with aligned columns; the first of `lines`, lists of cells, is the head."""
+def print_rows(rows):
+    """Rows, dicts with the columns of the first one, as Markdown that aligns."""
+    lines = [list(rows[0]), *([row.get(column, "") for column in rows[0]] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    for line in (lines[0], ["-" * width for width in widths], *lines[1:]):
+    lines.insert(1, ["-" * width for width in widths])
+    for line in lines:
         print(f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths))} |")
 
 
@@ -94,8 +104,7 @@ def main(args):
     if wrong:
         raise common.InputError(f"{wrong[0]}: expected NAME=FOLDER")
     named = [run.split("=", 1) for run in args.runs]
-    rows = [row(name, folders.split(","), votes if args.votes else scores) for name, folders in named]
-    print_table([list(rows[0]), *([cells.get(column, "") for column in rows[0]] for cells in rows)])
+    print_rows([row(name, folders.split(","), votes if args.votes else scores) for name, folders in named])
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 It knows the picture world (world.py) and nothing of the files: what it says comes from the pixels and the prompt. A seeded share of its
 answers is wrong, careless, malformed, leaking or refused, so that the filters of 02 have something to catch; the shares below were chosen
-before any result was looked at. The same request gets the same answer. Standard library and Pillow only.
+before any result was looked at. The same request gets the same answer. Needs Pillow and what common.py does.
 
     python demo/teacher.py --port 0 --ready-file runs/teacher.url      # writes http://127.0.0.1:PORT/v1 when it listens; SIGTERM ends it
 
@@ -41,7 +41,7 @@ REFUSED = 0.03
 # … of the other answers is …
 SLIP = 0.04  # a re-prediction that loses or turns a quintuple
 UNSCORED = 0.02  # a judgement without scores
-NOISE = 0.10  # a judgement one point off in one rule
+NOISE = 0.10  # a judgement one point up or down in one rule; up on full points stays
 ZERO_SHOT = 0.15  # right, when asked without reasoning to follow: a model that sees but does not know the label set
 
 REFUSAL = "I'm sorry, I can't assist with that."

@@ -9,7 +9,7 @@ types (Paris is a person, a city …), figures and sign decide relation and dire
     person + trophy   awarded                                   person + stage      present in
     crest + city      locate at                                 stage + city        held on            city + hut  contain
 
-Each text comes with several pictures and different gold, so a model that does not look cannot know. Pillow only: the teacher imports this.
+Each text comes with several pictures and different gold, so a model that does not look cannot know. No torch: the teacher imports this.
 
     python demo/world.py --out runs/world --train 200 --val 40 --test 80
 

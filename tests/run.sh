@@ -10,7 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 if [ -z "${TEST_VENV:-}" ]; then
   TEST_VENV=.venv
-  [ -x .venv/bin/python ] || python3 -m venv .venv
+  [ -x .venv/bin/pip ] || python3 -m venv .venv
   if ! cat requirements.txt tests/requirements.txt | cmp -s - .venv/requirements.tests.installed; then
     .venv/bin/python -m pip install --quiet -r tests/requirements.txt
     cat requirements.txt tests/requirements.txt > .venv/requirements.tests.installed

@@ -400,20 +400,21 @@ def test_training_is_seeded_and_changes_every_part(tmp_path):
     assert not any(torch.equal(start[name], again[name]) for name in again if name.endswith("proj.weight"))
 
 
-GOLD = ["Emma", "per", "Noah", "per", "couple"]
 RIGHT = "<think>\nx\n</think>\n<answer>\n[Emma, per, Noah, per, couple]\n</answer>"  # reward 1 + 0.2·2 + 0.1 (Eq. 5)
 
 
-def stored(*texts):
-    """predictions.jsonl of one tweet with these responses."""
-    return json.dumps({"quintuples": [GOLD], "responses": [{"text": text} for text in texts]}) + "\n"
+def stored(*responses, prompt="reason", texts="ab"):
+    """predictions.jsonl of two tweets that say the same, each with these responses."""
+    fields = {"image": "x.png", "quintuples": [["Emma", "per", "Noah", "per", "couple"]], "prompt": prompt}
+    fields["responses"] = [{"text": text, "finished": True} for text in responses]
+    return "".join(json.dumps({"id": text, "text": text, **fields}) + "\n" for text in texts)
 
 
 def test_table_reads_what_05_wrote(tmp_path):
     scores = {"precision": 0.5, "recall": 0.25, "f1": 1 / 3, "f1_95": [0.2, 0.4]}
     metrics = {"scores": {"jmere": scores, "mner": {"f1": 0.75}}, "responses": {"responses": 8, "unparsed": 2}}
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
-    (tmp_path / "predictions.jsonl").write_text(stored(RIGHT, "no answer") + stored(RIGHT, RIGHT))
+    (tmp_path / "predictions.jsonl").write_text(stored(RIGHT, "no answer", texts="a") + stored(RIGHT, RIGHT, texts="b"))
     table = [sys.executable, str(ROOT / "demo" / "table.py")]
     done = subprocess.run([*table, f"JMERE-R1={tmp_path}"], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[2].split("|")[1:-1] == [
@@ -458,30 +459,47 @@ def test_table_reads_what_05_wrote(tmp_path):
 
 
 def test_summary_shares_the_gain_and_draws(tmp_path):
-    def write(path, content):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
+    folders = [tmp_path / "seed-1", tmp_path / "seed-2"]
 
-    for seed, grpo in ((1, 0.6), (2, 0.0)):
-        folder = tmp_path / f"seed-{seed}"
-        for run, f1 in (("test-zero", 0.1 * (seed == 1)), ("test-sft", 0.5), ("test-grpo", grpo), ("test-group-2", 0.4)):
-            write(folder / run / "metrics.json", json.dumps({"scores": {"jmere": {"f1": f1}}}))
-            write(folder / run / "predictions.jsonl", stored(RIGHT, *["no answer"] * (run == "test-sft")))
-        rewards = [0.5, 0.7, 0.9, 1.1, 1.0, 0.8, *[0.9] * 6]
-        write(folder / "grpo" / "metrics.jsonl", "".join(json.dumps({"step": i, "reward": r}) + "\n" for i, r in enumerate(rewards)))
-    write(tmp_path / "seed-1" / "test-group-4" / "metrics.json", json.dumps({"scores": {"jmere": {"f1": 0.4}}}))
-    assert summary.group_sizes([tmp_path / "seed-1", tmp_path / "seed-2"]) == [2, 8]  # of 4, seed 2 has none
+    def write(folder, run, f1, predictions):
+        jmere = {"precision": f1, "recall": f1, "f1": f1, "f1_95": [0, 1]}
+        metrics = {"scores": {"jmere": jmere, "mner": {"f1": f1}}, "responses": {"responses": 2, "unparsed": 0}}
+        metrics["samples"] = {"n": 2, "f1_at_k": [[1, f1, 0], [2, f1, 0]], "best_of_n": f1, "distinct_answers": 1, "distinct_paths": 1}
+        (folder / run).mkdir(parents=True)
+        (folder / run / "metrics.json").write_text(json.dumps(metrics))
+        (folder / run / "predictions.jsonl").write_text(predictions)
+
+    half = stored(RIGHT, texts="a") + stored("no answer", texts="b")
+    for folder, grpo in zip(folders, (1.0, 0.0)):
+        write(folder, "test-zero", 0.25 * grpo, stored("", prompt="direct"))
+        write(folder, "test-sft", 0.5, half)
+        write(folder, "test-grpo", grpo, stored(RIGHT if grpo else "no answer"))
+        write(folder, "test-group-2", 0.5, half)
+        for run in ("vote", "vote-sft", "test-answer", "test-only-rl", "test-grey"):
+            write(folder, run, 0.5, half)
+        (folder / "grpo").mkdir()
+        (folder / "grpo" / "metrics.jsonl").write_text("".join(json.dumps({"step": i, "reward": i / 12}) + "\n" for i in range(12)))
+    write(folders[0], "test-group-4", 0.4, half)
+    assert summary.group_sizes(folders) == {2: "test-group-2", 8: "test-grpo"}  # of 4, seed 2 has none
+
     command = [sys.executable, str(ROOT / "demo" / "summary.py"), str(tmp_path), "--seeds", "1", "2", "--out", str(tmp_path / "x.png")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:]] == [
-        ["1", "10.0", "50.0", "60.0", "80 %", "20 %", "0.75 → 1.50"],
-        ["2", "0.0", "50.0", "0.0", "no gain", "no gain", "0.75 → 1.50"],
-    ]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()]
+    assert ["CoT-SFT", *["50.0 ± 0.0"] * 4, "100.0 ± 0.0", "0.75 ± 0.00", "+0.0 ± 70.7"] in rows  # −50 and +50 points against JMERE-R1
+    assert ["JMERE-R1", *["50.0 ± 70.7"] * 4, "100.0 ± 0.0", "0.75 ± 1.06", ""] in rows
+    assert ["zero-shot", *["12.5 ± 17.7"] * 4, "100.0 ± 0.0", "–", "-37.5 ± 53.0"] in rows
+    one, two = (next(row for row in rows if row[:1] == [seed]) for seed in "12")
+    # Both tweets right against one of two. A quarter of all resamples holds only the one that both get right: p is about ½.
+    assert one[:7] + one[8:] == ["1", "25.0", "50.0", "100.0", "33 %", "67 %", "+50.0 (0.0 … 100.0)", "0.75 → 1.50"]
+    assert 0.4 < float(one[7]) < 0.6
+    assert two[:7] + two[8:] == ["2", "0.0", "50.0", "0.0", "no gain", "no gain", "-50.0 (-100.0 … 0.0)", "0.75 → 0.00"]
+    assert f"{folders[0] / 'test-no-partial'} was not made." in printed
     assert Image.open(tmp_path / "x.png").size == (960, 288)
+
     missing = subprocess.run([*command, "--seeds", "3"], capture_output=True, text=True)
     assert missing.returncode == 2
     assert "seed-3/test-zero/metrics.json: no scores to read" in missing.stderr
-    (tmp_path / "seed-2" / "grpo" / "metrics.jsonl").unlink()
+    (folders[1] / "grpo" / "metrics.jsonl").unlink()
     untrained = subprocess.run(command, capture_output=True, text=True)
     assert untrained.returncode == 2
     assert "seed-2/grpo/metrics.jsonl: cannot read" in untrained.stderr

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = {"VAL": "12", "TEST": "40", "EPOCHS_RL": "0.03", "EPOCHS_ONLY_RL": "0.01"}
 EIGHT = """deepspeed --num_gpus 1 --master_port $PORT 04_grpo.py --model demo/base-llava --adapter "$WORK/sft/best" --out "$WORK/eight" \\
@@ -58,13 +61,20 @@ def test_training_helps_and_needs_the_image(demo):
 
 
 def test_grpo_raises_the_reward_of_eight_tweets(demo):
-    """The same eight tweets in ten updates: their reward rises far beyond what sampling does to it (from 0.8 to 1.2 in another world)."""
-    work, world = demo[0], demo[0] / "world"
-    (world / "eight.jsonl").write_text("".join((world / "train.jsonl").read_text().splitlines(keepends=True)[:8]))
+    """Ten updates on the eight test tweets that CoT-SFT answers worst. Where it was measured their reward went from 0.57 to 0.95."""
+    work = demo[0]
+
+    def reward(row):
+        return common.reward(row["responses"][0]["text"], [common.quintuple(*q) for q in row["quintuples"]]).total
+
+    rows = [json.loads(line) for line in (work / "test-sft" / "predictions.jsonl").read_text().splitlines()]
+    worst = {row["id"] for row in sorted(rows, key=reward)[:8]}
+    lines = (work / "world" / "test.jsonl").read_text().splitlines(keepends=True)
+    (work / "world" / "eight.jsonl").write_text("".join(line for line in lines if json.loads(line)["id"] in worst))
     shell(["bash", "-c", EIGHT], WORK=str(work), PORT=free_port())
     rewards = [json.loads(line)["reward"] for line in (work / "eight" / "metrics.jsonl").read_text().splitlines()]
     assert len(rewards) == 10
-    assert sum(rewards[-3:]) / 3 > sum(rewards[:2]) / 2 + 0.1, rewards
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:2]) / 2 + 0.15, rewards
 
 
 def test_it_ends_with_funnel_table_and_report(demo):

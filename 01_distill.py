@@ -29,13 +29,27 @@ import common
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     io = parser.add_argument_group("files")
-    io.add_argument("--data", required=True, help="annotated examples: our JSONL, JMERE JSON or MNRE text [paper §4.1]")
+    io.add_argument(
+        "--data", required=True, help="annotated examples: our JSONL, JMERE JSON or MNRE text [paper §4.1]"
+    )
     io.add_argument("--image-dir", help="folder of the images [ours: default beside --data]")
-    io.add_argument("--out", required=True, help="candidates, JSONL [ours: append-only, so that a run can go on]")
-    io.add_argument("--skip-bad", action="store_true", help="drop bad rows and images, and say how many [ours: default stops]")
-    io.add_argument("--merge-repeats", action="store_true", help="join examples of the same text and image [ours: as the V2 release]")
+    io.add_argument(
+        "--out", required=True, help="candidates, JSONL [ours: append-only, so that a run can go on]"
+    )
+    io.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="drop bad rows and images, and say how many [ours: default stops]",
+    )
+    io.add_argument(
+        "--merge-repeats",
+        action="store_true",
+        help="join examples of the same text and image [ours: as the V2 release]",
+    )
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="gpt-4o-2024-11-20", help="the teacher [paper App. D]")
     sampling = parser.add_argument_group("sampling")
@@ -60,7 +74,9 @@ def check_same_run(path, jobs):
     for number, row in common.read_jsonl(path):
         if keys.get(row["id"], row["key"]) != row["key"]:
             was = f"{row['model']} with {json.dumps(row['params'])}, prompt {row['prompt_hash']}, image {row['image_hash']}"
-            raise common.InputError(f"{path}:{number}: {row['id']} was asked of {was}; this command differs: choose another --out")
+            raise common.InputError(
+                f"{path}:{number}: {row['id']} was asked of {was}; this command differs: choose another --out"
+            )
 
 
 def funnel(path, jobs):
@@ -72,7 +88,11 @@ def funnel(path, jobs):
             answered.add(row["key"])
             good |= {row["key"]} if row["status"] == "ok" else set()
     asked = sum(job.n for job in jobs)
-    stages = [("asked", asked, len(jobs)), ("answered", status.total(), len(answered)), ("a chain of three parts", status["ok"], len(good))]
+    stages = [
+        ("asked", asked, len(jobs)),
+        ("answered", status.total(), len(answered)),
+        ("a chain of three parts", status["ok"], len(good)),
+    ]
     reasons = {name: count for name, count in status.items() if name != "ok"}
     if asked > status.total():
         reasons["no answer yet (call failed or not made)"] = asked - status.total()
@@ -82,19 +102,25 @@ def funnel(path, jobs):
 @common.cli
 def main(args):
     params = common.request_params(args)
-    client = common.ChatClient(args.model, args.base_url, args.concurrency, args.timeout, args.price, args.budget, params)
+    client = common.ChatClient(
+        args.model, args.base_url, args.concurrency, args.timeout, args.price, args.budget, params
+    )
     if not args.dry_run:
         client.require_key()
 
     # 1. examples, every fault found before the first paid call
     need = ("quintuples",)
-    examples = common.load_examples(args.data, args.image_dir, need, skip_bad=args.skip_bad, merge_repeats=args.merge_repeats)
+    examples = common.load_examples(
+        args.data, args.image_dir, need, skip_bad=args.skip_bad, merge_repeats=args.merge_repeats
+    )
     examples = common.check_images(examples[: args.limit], args.skip_bad)
 
     # 2. one job an example
     jobs = []
     for example in examples:
-        prompt = common.DISTILL_PROMPT.format(text=example.text, gold=common.format_answer(example.quintuples))
+        prompt = common.DISTILL_PROMPT.format(
+            text=example.text, gold=common.format_answer(example.quintuples)
+        )
         jobs.append(client.job(common.to_row(example, args.out), prompt, example.image, args.n))
     if args.dry_run:
         common.print_estimate(client, jobs, 300, "distil")

@@ -37,7 +37,9 @@ from pathlib import Path
 import common
 
 POINTS = [most for _, _, most in common.SCORE_RULES]
-SCORES = re.compile(r"[\s,;|*-]*".join(rf"R{i}\**\s*[=:]\s*\**(\d+)(?!\.?\d)(?:/\d+)?" for i in range(1, len(POINTS) + 1)))  # integers only
+SCORES = re.compile(
+    r"[\s,;|*-]*".join(rf"R{i}\**\s*[=:]\s*\**(\d+)(?!\.?\d)(?:/\d+)?" for i in range(1, len(POINTS) + 1))
+)  # integers only
 LABELLED = r"(?:quintuples?|labels?|annotations?|tuples?|answers?|relations?|triples?)"
 LEAK = re.compile(
     rf"\b(?:given|provided|supplied|annotated|listed|gold(?:en)?|ground[- ]truth|target|expected|reference) {LABELLED}\b"
@@ -48,30 +50,65 @@ LEAK = re.compile(
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     io = parser.add_argument_group("files")
     io.add_argument("--cot", required=True, help="candidates made by 01_distill.py [paper §3.2]")
     io.add_argument("--out", required=True, help="training data for 03_sft.py, JSONL [paper §3.2]")
     io.add_argument("--image-dir", help="folder of the images [ours: default as --cot says]")
-    io.add_argument("--skip-bad", action="store_true", help="drop bad rows and images, and say how many [ours: default stops]")
+    io.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="drop bad rows and images, and say how many [ours: default stops]",
+    )
     model = parser.add_argument_group("model")
-    model.add_argument("--model", help="predicts again [paper App. B: the model that wrote the chains, the default]")
+    model.add_argument(
+        "--model", help="predicts again [paper App. B: the model that wrote the chains, the default]"
+    )
     model.add_argument("--judge-model", help="scores [paper App. B: the same model, the default]")
     model.add_argument("--judge-base-url", help="its server [ours: default --base-url]")
-    model.add_argument("--judge-price", type=float, nargs=2, metavar=("IN", "OUT"), help="its price [ours: default --price]")
+    model.add_argument(
+        "--judge-price", type=float, nargs=2, metavar=("IN", "OUT"), help="its price [ours: default --price]"
+    )
     algorithm = parser.add_argument_group("algorithm")
-    algorithm.add_argument("--threshold", type=Fraction, default=Fraction(7, 10), help="lowest share of the points, 0.7 [paper §3.2]")
-    algorithm.add_argument("--no-reprediction", action="store_true", help="leave that filter out [paper Table 2]")
-    algorithm.add_argument("--no-score", action="store_true", help="leave that filter out; the chain is drawn at random [paper Table 2]")
-    algorithm.add_argument("--hide-answer", action="store_true", help="strip stated quintuples before re-prediction [ours: a harder test]")
-    algorithm.add_argument("--seed", type=int, default=0, help="breaks ties between equal scores [ours: the paper draws at random]")
-    algorithm.add_argument("--human", help='human scores {"id", "candidate", "score"} to compare with; needs matplotlib [paper Figure 6]')
+    algorithm.add_argument(
+        "--threshold",
+        type=Fraction,
+        default=Fraction(7, 10),
+        help="lowest share of the points, 0.7 [paper §3.2]",
+    )
+    algorithm.add_argument(
+        "--no-reprediction", action="store_true", help="leave that filter out [paper Table 2]"
+    )
+    algorithm.add_argument(
+        "--no-score",
+        action="store_true",
+        help="leave that filter out; the chain is drawn at random [paper Table 2]",
+    )
+    algorithm.add_argument(
+        "--hide-answer",
+        action="store_true",
+        help="strip stated quintuples before re-prediction [ours: a harder test]",
+    )
+    algorithm.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="breaks ties between equal scores [ours: the paper draws at random]",
+    )
+    algorithm.add_argument(
+        "--human",
+        help='human scores {"id", "candidate", "score"} to compare with; needs matplotlib [paper Figure 6]',
+    )
     common.add_api_arguments(model, parser.add_argument_group("runtime"))
     args = parser.parse_args(argv)
     if not 0 <= args.threshold <= 1:
         parser.error(f"--threshold {float(args.threshold):g}, expected 0 to 1")
     if args.human and (args.no_score or not importlib.util.find_spec("matplotlib")):
-        parser.error("--human compares with the score filter, and draws with matplotlib: leave out --no-score, pip install matplotlib")
+        parser.error(
+            "--human compares with the score filter, and draws with matplotlib: leave out --no-score, pip install matplotlib"
+        )
     return args
 
 
@@ -95,7 +132,11 @@ def hide_answer(cot, gold):
 
 def states_quintuples(line):
     items, malformed = common.parse_answer(line)
-    return bool(items) and not malformed and all(common.normalise_label(item[i]) in common.TYPES for item in items for i in (1, 3))
+    return (
+        bool(items)
+        and not malformed
+        and all(common.normalise_label(item[i]) in common.TYPES for item in items for i in (1, 3))
+    )
 
 
 def parse_scores(text):
@@ -135,7 +176,10 @@ def judge_scores(row, threshold):
 def ask(client, candidates, prompts, path, title, args):
     """One call a candidate → ({(id, candidate): its answer row}, number failed). Answers already in `path` cost nothing."""
     names = [name_of(candidate) for candidate in candidates]
-    jobs = [client.job({"id": f"{id}#{k}"}, prompt, candidate.image) for (id, k), prompt, candidate in zip(names, prompts, candidates)]
+    jobs = [
+        client.job({"id": f"{id}#{k}"}, prompt, candidate.image)
+        for (id, k), prompt, candidate in zip(names, prompts, candidates)
+    ]
     if args.dry_run:
         common.print_estimate(client, jobs, 60, title)
         return {}, 0
@@ -158,14 +202,25 @@ def agreement(path, points, png):
         pairs += [(points[name], share)] if name in points else []
         missing += name not in points
     if not pairs:
-        raise common.InputError(f"{path}: none of its {missing} candidates was scored by the judge: id and candidate as in --cot")
+        raise common.InputError(
+            f"{path}: none of its {missing} candidates was scored by the judge: id and candidate as in --cot"
+        )
     gaps = [judged / most - human for judged, human in pairs]
-    rated = [(judged, math.floor(human * most + 0.5)) for judged, human in pairs]  # kappa wants both on one scale: points
+    rated = [
+        (judged, math.floor(human * most + 0.5)) for judged, human in pairs
+    ]  # kappa wants both on one scale: points
     seen = sum((a - b) ** 2 for a, b in rated)
     chance = sum((a - b) ** 2 for a, _ in rated for _, b in rated) / len(rated)
     bins = Counter(math.floor(gap * 10 + 0.5) for gap in gaps)
-    result = {"compared": len(pairs), "not_judged": missing, "mean_absolute_error": sum(map(abs, gaps)) / len(gaps)}
-    result |= {"within_0.1": sum(abs(gap) <= 0.1 + 1e-9 for gap in gaps) / len(gaps), "kappa": 1 - seen / chance if chance else None}
+    result = {
+        "compared": len(pairs),
+        "not_judged": missing,
+        "mean_absolute_error": sum(map(abs, gaps)) / len(gaps),
+    }
+    result |= {
+        "within_0.1": sum(abs(gap) <= 0.1 + 1e-9 for gap in gaps) / len(gaps),
+        "kappa": 1 - seen / chance if chance else None,
+    }
     print(f"judge against people: {json.dumps(result)}\njudge − people, candidates")
     spread = range(min(bins), max(bins) + 1)
     for gap in spread:
@@ -173,7 +228,11 @@ def agreement(path, points, png):
     figure = matplotlib.figure.Figure()
     axes = figure.subplots()
     axes.bar([gap / 10 for gap in spread], [bins[gap] for gap in spread], width=0.08)
-    axes.set(xlabel="judge − people", ylabel="candidates", title=f"MAE {result['mean_absolute_error']:.3f}, n = {len(pairs)}")
+    axes.set(
+        xlabel="judge − people",
+        ylabel="candidates",
+        title=f"MAE {result['mean_absolute_error']:.3f}, n = {len(pairs)}",
+    )
     figure.savefig(png)
     return result | {"histogram": {f"{gap / 10:+.1f}": bins[gap] for gap in spread}}
 
@@ -195,12 +254,23 @@ def main(args):
 
     # 1. candidates, every fault found before the first paid call
     need = ("quintuples", "candidate", "cot", "status")
-    loaded = common.load_examples(args.cot, args.image_dir, need, key=("id", "candidate"), skip_bad=args.skip_bad)
+    loaded = common.load_examples(
+        args.cot, args.image_dir, need, key=("id", "candidate"), skip_bad=args.skip_bad
+    )
     loaded.sort(key=name_of)  # 01 writes as answers come in; the output should not depend on that
     firsts = list({example.id: example for example in reversed(loaded)}.values())[::-1][: args.limit]
-    ids = {example.id for example in common.check_images(firsts, args.skip_bad)} if paid else {example.id for example in firsts}
+    ids = (
+        {example.id for example in common.check_images(firsts, args.skip_bad)}
+        if paid
+        else {example.id for example in firsts}
+    )
     alive = [candidate for candidate in loaded if candidate.id in ids]
-    stages, rejected, failed, extra = [("distilled", *count(alive))], {}, 0, {}  # rejected: (id, candidate) → reason; extra: → new fields
+    stages, rejected, failed, extra = (
+        [("distilled", *count(alive))],
+        {},
+        0,
+        {},
+    )  # rejected: (id, candidate) → reason; extra: → new fields
 
     def keep(stage, reasons):
         """Drop the candidates with a reason; one line of the funnel."""
@@ -216,7 +286,9 @@ def main(args):
     # 2. who answers
     models = sorted({c.row.get("model") or "" for c in loaded})
     if paid and args.model is None and (len(models) > 1 or not models[0]):
-        raise common.InputError(f"{args.cot}: chains by {len(models)} models ({', '.join(models)}): say with --model which predicts again")
+        raise common.InputError(
+            f"{args.cot}: chains by {len(models)} models ({', '.join(models)}): say with --model which predicts again"
+        )
     model = args.model or models[0]
     limits = (args.concurrency, args.timeout)
     client = common.ChatClient(model, args.base_url, *limits, args.price, args.budget, params)
@@ -227,7 +299,9 @@ def main(args):
     if not args.no_reprediction:
         cots = [hide_answer(c.row["cot"], c.quintuples) if args.hide_answer else c.row["cot"] for c in alive]
         prompts = [common.REPREDICT_PROMPT.format(text=c.text, cot=cot) for c, cot in zip(alive, cots)]
-        answers, failed = ask(client, alive, prompts, out.with_suffix(".reprediction.jsonl"), "re-prediction", args)
+        answers, failed = ask(
+            client, alive, prompts, out.with_suffix(".reprediction.jsonl"), "re-prediction", args
+        )
         if args.batch == "submit" and len(answers) < len(alive):
             return 0  # --batch collect goes on from here
         verdicts = [judge_prediction(answers.get(name_of(c)), c.quintuples) for c in alive]
@@ -260,7 +334,10 @@ def main(args):
     for id, ranked in best.items():
         top = sorted(k for points, k in ranked if points == max(ranked)[0])
         best[id] = random.Random(f"{args.seed}:{id}").choice(top)
-    keep("best of its example", [None if best[c.id] == c.row["candidate"] else "not the best of its example" for c in alive])
+    keep(
+        "best of its example",
+        [None if best[c.id] == c.row["candidate"] else "not the best of its example" for c in alive],
+    )
 
     # 6. write
     def line(candidate):
@@ -269,15 +346,35 @@ def main(args):
     lines = [line(c) | {"reason": rejected[name_of(c)]} for c in loaded if name_of(c) in rejected]
     common.write_atomic(out.with_suffix(".rejected.jsonl"), "".join(map(common.jsonl_line, lines)))
     common.write_atomic(out, "".join(common.jsonl_line(line(c)) for c in alive))
-    reasons = Counter(reason.partition(": ")[0] if reason.startswith("leaked") else reason for reason in rejected.values())
-    stats = {"leaks": Counter(leak for leak in leaks if leak), "dollars": max(client.spent, judge.spent) if args.price else None}
-    stats |= {"model": model, "judge_model": judge.model, "params": params, "threshold": float(args.threshold), "seed": args.seed}
+    reasons = Counter(
+        reason.partition(": ")[0] if reason.startswith("leaked") else reason for reason in rejected.values()
+    )
+    stats = {
+        "leaks": Counter(leak for leak in leaks if leak),
+        "dollars": max(client.spent, judge.spent) if args.price else None,
+    }
+    stats |= {
+        "model": model,
+        "judge_model": judge.model,
+        "params": params,
+        "threshold": float(args.threshold),
+        "seed": args.seed,
+    }
     if args.human:
         points = {name: sum(new["scores"]) for name, new in extra.items() if new.get("scores")}
         stats["human"] = agreement(args.human, points, out.with_suffix(".human.png"))
     prompts = {"re-prediction": common.REPREDICT_PROMPT, "score": common.SCORE_PROMPT}
-    asked = {name: prompt for name, prompt in prompts.items() if not getattr(args, f"no_{name.replace('-', '')}")}
-    common.report(out, stages, reasons, stats, asked, [out.with_suffix(f".{name.replace('-', '')}.jsonl") for name in asked])
+    asked = {
+        name: prompt for name, prompt in prompts.items() if not getattr(args, f"no_{name.replace('-', '')}")
+    }
+    common.report(
+        out,
+        stages,
+        reasons,
+        stats,
+        asked,
+        [out.with_suffix(f".{name.replace('-', '')}.jsonl") for name in asked],
+    )
     if not alive:
         raise common.Stopped(f"no example is left, see {out.with_suffix('.rejected.jsonl')} for the reasons")
     return 1 if failed else 0

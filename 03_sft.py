@@ -31,26 +31,44 @@ from common import InputError
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     group = parser.add_argument_group("io")
-    group.add_argument("--data", required=True, help="sft.jsonl of 02_filter.py; with --target answer any annotated file")
+    group.add_argument(
+        "--data", required=True, help="sft.jsonl of 02_filter.py; with --target answer any annotated file"
+    )
     group.add_argument("--image-dir", help="folder of the images [ours: beside the file that names them]")
     group.add_argument("--out", required=True, help="folder of the run")
-    group.add_argument("--skip-bad", action="store_true", help="drop rows without usable image or fields, and say how many [ours: stop]")
+    group.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="drop rows without usable image or fields, and say how many [ours: stop]",
+    )
     group = parser.add_argument_group("model")
-    group.add_argument("--model", required=True, help="Qwen2.5-VL or LLaVA-1.5 checkpoint: hub name or folder")
+    group.add_argument(
+        "--model", required=True, help="Qwen2.5-VL or LLaVA-1.5 checkpoint: hub name or folder"
+    )
     group.add_argument("--lora-rank", type=int, default=128, help="[paper App. A]")
     group.add_argument("--lora-alpha", type=int, default=64, help="[paper App. A]")
     group.add_argument("--lora-dropout", type=float, default=0.0, help="[ours: the paper names none]")
     group = parser.add_argument_group("data")
     group.add_argument(
-        "--target", choices=("cot", "answer"), default="cot", help="CoT-SFT, or the SFT baseline without reasoning [paper §4]"
+        "--target",
+        choices=("cot", "answer"),
+        default="cot",
+        help="CoT-SFT, or the SFT baseline without reasoning [paper §4]",
     )
     group.add_argument("--limit", type=int, help="train on the first N rows [ours: all]")
-    vlm.add_training_arguments(parser, epochs=5, lr=2e-5, warmup_ratio=0.06, schedule="cosine", provenance="paper App. A")
+    vlm.add_training_arguments(
+        parser, epochs=5, lr=2e-5, warmup_ratio=0.06, schedule="cosine", provenance="paper App. A"
+    )
     group = parser.add_argument_group("accumulation")
     group.add_argument(
-        "--grad-accum", type=int, default=1, help="micro-steps of --batch-size rows a rank and update [paper App. A: 2 per GPU × 4]"
+        "--grad-accum",
+        type=int,
+        default=1,
+        help="micro-steps of --batch-size rows a rank and update [paper App. A: 2 per GPU × 4]",
     )
     return parser.parse_args(argv)
 
@@ -85,7 +103,11 @@ def load_data(args):
     need = ("quintuples", "cot") if args.target == "cot" else ("quintuples",)
     train = common.load_examples(args.data, args.image_dir, need=need, skip_bad=args.skip_bad)[: args.limit]
     val = (
-        common.load_examples(args.val, args.image_dir, need=("quintuples",), skip_bad=args.skip_bad)[: args.eval_limit] if args.val else []
+        common.load_examples(args.val, args.image_dir, need=("quintuples",), skip_bad=args.skip_bad)[
+            : args.eval_limit
+        ]
+        if args.val
+        else []
     )
     if args.target == "cot":
         for example in train:
@@ -126,27 +148,39 @@ def main(args):
 
     # 3. Train
     steps = run.resume(engine, total)
-    bar = tqdm(total=total, initial=total - len(steps), desc="sft", unit="step", disable=None if ranks.main else True)
+    bar = tqdm(
+        total=total, initial=total - len(steps), desc="sft", unit="step", disable=None if ranks.main else True
+    )
     for step in steps:
         began, before = time.perf_counter(), None if run.changed else vlm.fingerprint(model)
         lr = vlm.lr_at(step, total, args)
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         vlm.seed_step(args.seed, step, ranks.rank)
-        batch = vlm.batch_indices(len(train), rows, step, args.seed)[ranks.rank * rank_rows : (ranks.rank + 1) * rank_rows]
+        batch = vlm.batch_indices(len(train), rows, step, args.seed)[
+            ranks.rank * rank_rows : (ranks.rank + 1) * rank_rows
+        ]
         with ranks.together():
             texts = [target_text(train[i], args.target) for i in batch]
             targets = [target_ids(processor.tokenizer, text, stop) for text in texts]
-            prompts = vlm.encode(model, processor, [(vlm.PROMPTS[prompt].format(text=train[i].text), train[i].image) for i in batch])
+            prompts = vlm.encode(
+                model,
+                processor,
+                [(vlm.PROMPTS[prompt].format(text=train[i].text), train[i].image) for i in batch],
+            )
         tokens = ranks.sum(sum(map(len, targets)))[0]  # of the whole batch: 2 ranks × B = 1 rank × 2B
         model.train()
         nll = 0.0
         for start in range(0, rank_rows, args.batch_size):
             micro = slice(start, start + args.batch_size)
-            logps, _, mask = vlm.completion_logps(model, prompts[micro], [[ids] for ids in targets[micro]])  # [B, C]
+            logps, _, mask = vlm.completion_logps(
+                model, prompts[micro], [[ids] for ids in targets[micro]]
+            )  # [B, C]
             loss = sft_loss(logps, mask, tokens)
             nll += loss.item()
-            engine.backward(loss * args.grad_accum * ranks.world)  # DeepSpeed takes the mean over micro-steps and ranks; Eq. 1 sums them
+            engine.backward(
+                loss * args.grad_accum * ranks.world
+            )  # DeepSpeed takes the mean over micro-steps and ranks; Eq. 1 sums them
             engine.step()
         loss, grad_norm = ranks.sum(nll)[0], float(engine.get_global_grad_norm())
         rows_here = [{"id": train[i].id, "response": text} for i, text in zip(batch, texts)]
@@ -154,15 +188,27 @@ def main(args):
         if grad_norm == 0:
             run.fail(f"step {step + 1}: gradient norm 0 at loss {loss:.3g}: nothing is being trained")
         seconds = time.perf_counter() - began
-        row = {"step": step + 1, "epoch": round((step + 1) * rows / len(train), 4), "loss": loss, "lr": lr, "grad_norm": grad_norm}
-        row |= {"tokens": int(tokens), "tokens_per_second": round(tokens / seconds, 1), "peak_memory_mib": round(vlm.peak_memory())}
+        row = {
+            "step": step + 1,
+            "epoch": round((step + 1) * rows / len(train), 4),
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+        }
+        row |= {
+            "tokens": int(tokens),
+            "tokens_per_second": round(tokens / seconds, 1),
+            "peak_memory_mib": round(vlm.peak_memory()),
+        }
 
         # 4. Validate, save
         validated = (step + 1) % eval_steps == 0 or step + 1 == total
         if validated:
             row |= vlm.validate_and_keep(run, model, processor, val, prompt, step + 1, ranks, args)
         run.log([row])
-        bar.set_postfix_str(f"loss {loss:.3f}{run.best_text()} {row['tokens_per_second']:.0f} tok/s", refresh=False)
+        bar.set_postfix_str(
+            f"loss {loss:.3f}{run.best_text()} {row['tokens_per_second']:.0f} tok/s", refresh=False
+        )
         bar.update()
         if run.finish_step(engine, step + 1, total, validated):
             break

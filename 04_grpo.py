@@ -32,21 +32,36 @@ import vlm
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     group = parser.add_argument_group("io")
     group.add_argument("--data", required=True, help="training examples in any of the three formats")
     group.add_argument("--image-dir", help="folder of the images [ours: beside the file that names them]")
     group.add_argument("--out", required=True, help="folder of the run")
-    group.add_argument("--skip-bad", action="store_true", help="drop rows without usable image or fields, and say how many [ours: stop]")
+    group.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="drop rows without usable image or fields, and say how many [ours: stop]",
+    )
     group = parser.add_argument_group("model")
-    group.add_argument("--model", required=True, help="Qwen2.5-VL or LLaVA-1.5 checkpoint: hub name or folder")
+    group.add_argument(
+        "--model", required=True, help="Qwen2.5-VL or LLaVA-1.5 checkpoint: hub name or folder"
+    )
     group.add_argument("--adapter", help="best/ of 03_sft.py; absent: Only-RL [paper §4]")
-    group.add_argument("--lora-rank", type=int, default=128, help="of the fresh LoRA in Only-RL [paper App. A]")
-    group.add_argument("--lora-alpha", type=int, default=64, help="of the fresh LoRA in Only-RL [paper App. A]")
+    group.add_argument(
+        "--lora-rank", type=int, default=128, help="of the fresh LoRA in Only-RL [paper App. A]"
+    )
+    group.add_argument(
+        "--lora-alpha", type=int, default=64, help="of the fresh LoRA in Only-RL [paper App. A]"
+    )
     group = parser.add_argument_group("sampling")
     group.add_argument("--group-size", type=int, default=8, help="G, responses a prompt [paper Figure 3]")
     group.add_argument(
-        "--temperature", type=float, default=1.0, help="of sampling and of the log-probs [ours: samples of the policy itself]"
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="of sampling and of the log-probs [ours: samples of the policy itself]",
     )
     group.add_argument(
         "--static-cache",
@@ -55,8 +70,15 @@ def parse_args(argv=None):
     )
     group.add_argument("--limit", type=int, help="train on the first N examples [ours: all]")
     group = parser.add_argument_group("algorithm")
-    group.add_argument("--alpha", type=float, default=0.2, help="weight of the partial reward, Eq. 5; 0 is the ablation [paper App. A]")
-    group.add_argument("--beta", type=float, default=0.1, help="weight of the format reward, Eq. 5 [paper App. A]")
+    group.add_argument(
+        "--alpha",
+        type=float,
+        default=0.2,
+        help="weight of the partial reward, Eq. 5; 0 is the ablation [paper App. A]",
+    )
+    group.add_argument(
+        "--beta", type=float, default=0.1, help="weight of the format reward, Eq. 5 [paper App. A]"
+    )
     group.add_argument("--kl-coef", type=float, default=0.01, help="λ of Eq. 7 [paper App. A]")
     group.add_argument(
         "--skip-constant-groups",
@@ -71,13 +93,25 @@ def parse_args(argv=None):
         help="compute each prompt once a group, not once a response: same loss and gradients [ours: on]",
     )
     group.add_argument(
-        "--pack-tokens", type=int, help="most tokens of a packed row; a larger group is split, to save memory [ours: no limit]"
+        "--pack-tokens",
+        type=int,
+        help="most tokens of a packed row; a larger group is split, to save memory [ours: no limit]",
     )
     vlm.add_training_arguments(
-        parser, epochs=30, lr=2e-6, warmup_ratio=0.0, schedule="constant", provenance="paper App. A; warm-up ours: none"
+        parser,
+        epochs=30,
+        lr=2e-6,
+        warmup_ratio=0.0,
+        schedule="constant",
+        provenance="paper App. A; warm-up ours: none",
     )
     group = parser.add_argument_group("samples")
-    group.add_argument("--log-samples-every", type=int, default=10, help="steps between two batches of responses in samples.jsonl [ours]")
+    group.add_argument(
+        "--log-samples-every",
+        type=int,
+        default=10,
+        help="steps between two batches of responses in samples.jsonl [ours]",
+    )
     return parser.parse_args(argv)
 
 
@@ -162,8 +196,12 @@ def pack_rows(prompt_sizes, lengths, limit=None, skip=()):
 def row_positions(rows, prompt_sizes, lengths, shared_prefix):
     """(needed, computed) positions of a pass: each prompt and response once; and with repeated prompts and padding."""
     sizes = [(prompt_sizes[group], [lengths[group][i] for i in row]) for group, row in rows]
-    needed = sum(prompt_sizes[group] for group in {group for group, _ in rows}) + sum(sum(row) for _, row in sizes)
-    return needed, sum(size + sum(row) if shared_prefix else len(row) * (size + max(row)) for size, row in sizes)
+    needed = sum(prompt_sizes[group] for group in {group for group, _ in rows}) + sum(
+        sum(row) for _, row in sizes
+    )
+    return needed, sum(
+        size + sum(row) if shared_prefix else len(row) * (size + max(row)) for size, row in sizes
+    )
 
 
 # ------------------------------------------------------------------------------------------------ main
@@ -171,10 +209,18 @@ def row_positions(rows, prompt_sizes, lengths, shared_prefix):
 
 def load_data(args):
     if args.adapter and vlm.adapter_prompt(args.adapter) != "reason":
-        raise common.InputError(f"--adapter {args.adapter}: trained with the direct prompt; GRPO needs 03_sft.py --target cot")
-    train = common.load_examples(args.data, args.image_dir, need=("quintuples",), skip_bad=args.skip_bad)[: args.limit]
+        raise common.InputError(
+            f"--adapter {args.adapter}: trained with the direct prompt; GRPO needs 03_sft.py --target cot"
+        )
+    train = common.load_examples(args.data, args.image_dir, need=("quintuples",), skip_bad=args.skip_bad)[
+        : args.limit
+    ]
     val = (
-        common.load_examples(args.val, args.image_dir, need=("quintuples",), skip_bad=args.skip_bad)[: args.eval_limit] if args.val else []
+        common.load_examples(args.val, args.image_dir, need=("quintuples",), skip_bad=args.skip_bad)[
+            : args.eval_limit
+        ]
+        if args.val
+        else []
     )
     return common.check_images(train, args.skip_bad), common.check_images(val, args.skip_bad) if val else []
 
@@ -203,18 +249,29 @@ def main(args):
     run = vlm.Run(args, ranks)
     with ranks.together():
         model, processor = load_policy(args, dtype, ranks.device)
-    engine = vlm.make_engine(model, args, config, args.batch_size)  # a group each; 3c sets the boundary itself
+    engine = vlm.make_engine(
+        model, args, config, args.batch_size
+    )  # a group each; 3c sets the boundary itself
 
     # 2. Sizes
     total = -(-int(len(train) * args.epochs) // batch_prompts)
     eval_steps = max(1, round(len(train) * args.eval_every / batch_prompts))
     if ranks.main:
         sizes = f"{len(train)} prompts, {batch_prompts} an update ({ranks.world} ranks × {args.batch_size}), G = {args.group_size}"
-        print(f"{sizes}: {total} updates in {dtype}; reference: {args.adapter or 'the base model (Only-RL)'}", flush=True)
+        print(
+            f"{sizes}: {total} updates in {dtype}; reference: {args.adapter or 'the base model (Only-RL)'}",
+            flush=True,
+        )
 
     # 3. Train
     steps = run.resume(engine, total)
-    bar = tqdm(total=total, initial=total - len(steps), desc="grpo", unit="step", disable=None if ranks.main else True)
+    bar = tqdm(
+        total=total,
+        initial=total - len(steps),
+        desc="grpo",
+        unit="step",
+        disable=None if ranks.main else True,
+    )
     for step in steps:
         began, before = time.perf_counter(), None if run.changed else vlm.fingerprint(model)
         lr = vlm.lr_at(step, total, args)
@@ -228,21 +285,37 @@ def main(args):
         # 3a. Rollout: G responses of the current policy to each prompt
         model.eval()  # KEEP: generation in train() under gradient checkpointing is silently wrong
         with ranks.together():
-            prompts = vlm.encode(model, processor, [(vlm.PROMPTS["reason"].format(text=example.text), example.image) for example in batch])
-            keys = [(args.seed, step, place) for place in places]  # KEEP: the place in the whole batch: ranks do not change the samples
+            prompts = vlm.encode(
+                model,
+                processor,
+                [(vlm.PROMPTS["reason"].format(text=example.text), example.image) for example in batch],
+            )
+            keys = [
+                (args.seed, step, place) for place in places
+            ]  # KEEP: the place in the whole batch: ranks do not change the samples
             drawing = args.group_size, args.max_new_tokens, args.temperature
             samples = vlm.sample(model, processor, prompts, *drawing, keys=keys, static=args.static_cache)
             sampled = time.perf_counter()
 
             # 3b. Rewards and advantages. VARIANT: any function of (response text, gold) that returns its parts by name
-            rewards = [[common.reward(s.text, e.quintuples, args.alpha, args.beta) for s in group] for e, group in zip(batch, samples)]
-            advantages = group_advantages(torch.tensor([[r.total for r in group] for group in rewards], dtype=torch.float64))  # [B, G]
+            rewards = [
+                [common.reward(s.text, e.quintuples, args.alpha, args.beta) for s in group]
+                for e, group in zip(batch, samples)
+            ]
+            advantages = group_advantages(
+                torch.tensor([[r.total for r in group] for group in rewards], dtype=torch.float64)
+            )  # [B, G]
 
         # 3c. One backward a packed row, one update a batch
-        sizes, lengths = [len(prompt.embeds) for prompt in prompts], [[len(s.ids) for s in group] for group in samples]
+        sizes, lengths = (
+            [len(prompt.embeds) for prompt in prompts],
+            [[len(s.ids) for s in group] for group in samples],
+        )
         constant = {group for group, values in enumerate(advantages.tolist()) if not any(values)}
         rows = pack_rows(sizes, lengths, args.pack_tokens, constant if args.skip_constant_groups else ())
-        micro_steps = max(1, *ranks.gather(len(rows)))  # KEEP: as many backward passes on every rank, or they wait for each other for ever
+        micro_steps = max(
+            1, *ranks.gather(len(rows))
+        )  # KEEP: as many backward passes on every rank, or they wait for each other for ever
         losses, kls, entropies = 0.0, 0.0, 0.0
         for micro in range(micro_steps):
             engine.set_gradient_accumulation_boundary(micro == micro_steps - 1)
@@ -250,12 +323,20 @@ def main(args):
                 group, row = rows[micro]
                 ids, share = [[samples[group][i].ids for i in row]], len(row) / args.group_size
                 with torch.no_grad(), vlm.reference(model):
-                    ref_logps, _, _ = vlm.completion_logps(model, prompts[group : group + 1], ids, args.temperature, args.shared_prefix)
+                    ref_logps, _, _ = vlm.completion_logps(
+                        model, prompts[group : group + 1], ids, args.temperature, args.shared_prefix
+                    )
                 model.train()
-                logps, entropy, mask = vlm.completion_logps(model, prompts[group : group + 1], ids, args.temperature, args.shared_prefix)
+                logps, entropy, mask = vlm.completion_logps(
+                    model, prompts[group : group + 1], ids, args.temperature, args.shared_prefix
+                )
                 model.eval()
-                loss, metrics = grpo_loss(logps, ref_logps, advantages[group, row].to(ranks.device), mask, args.kl_coef)  # [row, C]
-                engine.backward(loss * share)  # DeepSpeed divides by --batch-size and the ranks: the mean over groups
+                loss, metrics = grpo_loss(
+                    logps, ref_logps, advantages[group, row].to(ranks.device), mask, args.kl_coef
+                )  # [row, C]
+                engine.backward(
+                    loss * share
+                )  # DeepSpeed divides by --batch-size and the ranks: the mean over groups
                 losses, kls = losses + loss.item() * share, kls + metrics["kl"] * share
                 entropies += entropy.sum().item()
             else:
@@ -263,24 +344,55 @@ def main(args):
             engine.step()
 
         # 4. Log
-        counts = (len({group for group, _ in rows}), sum(lengths[group][i] for group, row in rows for i in row))
-        sums = ranks.sum(losses, kls, entropies, *counts, *row_positions(rows, sizes, lengths, args.shared_prefix))
+        counts = (
+            len({group for group, _ in rows}),
+            sum(lengths[group][i] for group, row in rows for i in row),
+        )
+        sums = ranks.sum(
+            losses, kls, entropies, *counts, *row_positions(rows, sizes, lengths, args.shared_prefix)
+        )
         loss, kl, entropy = sums[0] / batch_prompts, sums[1] / max(1, sums[3]), sums[2] / max(1, sums[4])
         waste = 1 - sums[5] / max(1, sums[6])
         sums = ranks.sum(*summarise(rewards, samples))
         grad_norm, row = float(engine.get_global_grad_norm()), metrics_row(sums)
         drawn = [
-            {"step": step + 1, "id": e.id, "response": s.text, "finished": s.finished, **r._asdict(), "advantage": a}
+            {
+                "step": step + 1,
+                "id": e.id,
+                "response": s.text,
+                "finished": s.finished,
+                **r._asdict(),
+                "advantage": a,
+            }
             for e, group, parts, scale in zip(batch, samples, rewards, advantages.tolist())
             for s, r, a in zip(group, parts, scale)
         ]
-        run.check_step(model, step, {"loss": loss, "gradient norm": grad_norm, "reward": row["reward"], "KL": kl}, before, drawn)
+        run.check_step(
+            model,
+            step,
+            {"loss": loss, "gradient norm": grad_norm, "reward": row["reward"], "KL": kl},
+            before,
+            drawn,
+        )
         if step == 0 and kl != 0:
-            run.fail(f"KL is {kl:.3g} before the first update, expected 0: policy and reference start apart (dropout? other adapter?)")
+            run.fail(
+                f"KL is {kl:.3g} before the first update, expected 0: policy and reference start apart (dropout? other adapter?)"
+            )
         seconds = time.perf_counter() - began
         row = {"step": step + 1, "epoch": round((step + 1) * batch_prompts / len(train), 4), **row}
-        row |= {"kl": kl, "loss": loss, "entropy": entropy, "lr": lr, "grad_norm": grad_norm, "waste": waste, "seconds": round(seconds, 3)}
-        row |= {"sampling_seconds": round(sampled - began, 3), "tokens_per_second": round(sums[-2] / seconds, 1)}
+        row |= {
+            "kl": kl,
+            "loss": loss,
+            "entropy": entropy,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "waste": waste,
+            "seconds": round(seconds, 3),
+        }
+        row |= {
+            "sampling_seconds": round(sampled - began, 3),
+            "tokens_per_second": round(sums[-2] / seconds, 1),
+        }
         row |= {"peak_memory_mib": round(vlm.peak_memory())}
         if (step + 1) % args.log_samples_every == 0 or step == 0:
             run.log([row for part in ranks.gather(drawn) for row in part], "samples.jsonl")

@@ -43,7 +43,10 @@ from tqdm import tqdm
 import common
 from common import InputError
 
-MATCHING = {**common.MATCHING, "jmere_folded": lambda quintuples: {tuple(map(str.casefold, q)) for q in quintuples}}
+MATCHING = {
+    **common.MATCHING,
+    "jmere_folded": lambda quintuples: {tuple(map(str.casefold, q)) for q in quintuples},
+}
 RULES = {  # metric: (title, matching rule), in the order they are shown
     "jmere": ("JMERE", "all five parts equal, direction and case count"),
     "jmere_undirected": ("JMERE undirected", "head and tail may swap (EEGA's published scorer)"),
@@ -72,7 +75,9 @@ TABLES = {  # section: {row: the paper's JMERE P, R, F1 and MNER F1 on the test 
         "Only-RL": (40.11, 34.53, 37.11, 71.89),
         "JMERE-R1": (58.99, 54.84, 56.84, 79.20),
     },
-    "Ablations (Table 2)": dict.fromkeys(("no partial reward", "no score filter", "no re-prediction filter", "no filter"), (None,) * 4),
+    "Ablations (Table 2)": dict.fromkeys(
+        ("no partial reward", "no score filter", "no re-prediction filter", "no filter"), (None,) * 4
+    ),
     "Other runs": {},
 }
 
@@ -80,22 +85,55 @@ TABLES = {  # section: {row: the paper's JMERE P, R, F1 and MNER F1 on the test 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     g = p.add_argument_group("input and output")
-    g.add_argument("--data", help="tweets, with or without gold; JSONL, JMERE or MNRE (with --predictions: the gold to score against)")
+    g.add_argument(
+        "--data",
+        help="tweets, with or without gold; JSONL, JMERE or MNRE (with --predictions: the gold to score against)",
+    )
     g.add_argument("--image-dir", help="folder of the images; default: beside --data")
     g.add_argument("--predictions", help="score this stored file; no model is loaded")
     g.add_argument("--out", help="output folder; with --predictions it may be absent: tables on screen only")
-    g.add_argument("--compare", nargs="+", metavar="[NAME=]RUN", help="stored predictions (file or --out folder) against the first of them")
-    g.add_argument("--merge", metavar="FOLDER", help="write --model + --adapter as one model into FOLDER, prove it equal, and end [ours]")
-    g.add_argument("--report", action="store_true", help="write OUT/report.html, one page that opens from disk [ours]")
-    g.add_argument("--report-examples", type=int, default=500, help="tweets shown on that page, 15 kB each [ours]")
+    g.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="[NAME=]RUN",
+        help="stored predictions (file or --out folder) against the first of them",
+    )
+    g.add_argument(
+        "--merge",
+        metavar="FOLDER",
+        help="write --model + --adapter as one model into FOLDER, prove it equal, and end [ours]",
+    )
+    g.add_argument(
+        "--report", action="store_true", help="write OUT/report.html, one page that opens from disk [ours]"
+    )
+    g.add_argument(
+        "--report-examples", type=int, default=500, help="tweets shown on that page, 15 kB each [ours]"
+    )
     g.add_argument("--fresh", action="store_true", help="delete the predictions stored in --out first")
-    g.add_argument("--skip-bad", action="store_true", help="drop wrong rows and unreadable images, and say how many")
-    g.add_argument("--merge-repeats", action="store_true", help="join rows of the same text and image, as the V2 release does")
+    g.add_argument(
+        "--skip-bad", action="store_true", help="drop wrong rows and unreadable images, and say how many"
+    )
+    g.add_argument(
+        "--merge-repeats",
+        action="store_true",
+        help="join rows of the same text and image, as the V2 release does",
+    )
     g = p.add_argument_group("model")
-    g.add_argument("--model", help="name or folder [paper §4: Qwen/Qwen2.5-VL-7B-Instruct, llava-hf/llava-1.5-7b-hf]")
+    g.add_argument(
+        "--model", help="name or folder [paper §4: Qwen/Qwen2.5-VL-7B-Instruct, llava-hf/llava-1.5-7b-hf]"
+    )
     g.add_argument("--adapter", help="LoRA folder made by 03 or 04; absent: zero-shot")
-    g.add_argument("--prompt", choices=("reason", "direct"), help="default: the adapter's own; zero-shot: direct [ours: not stated]")
-    g.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on a GPU, fp32 on CPU [ours: not stated]")
+    g.add_argument(
+        "--prompt",
+        choices=("reason", "direct"),
+        help="default: the adapter's own; zero-shot: direct [ours: not stated]",
+    )
+    g.add_argument(
+        "--dtype",
+        choices=("auto", "bf16", "fp32"),
+        default="auto",
+        help="auto: bf16 on a GPU, fp32 on CPU [ours: not stated]",
+    )
     g = p.add_argument_group("sampling")
     g.add_argument("--samples", type=int, default=1, help="responses per tweet, 100 in Figure 5 [paper §4]")
     g.add_argument("--top-p", type=float, default=1.0, help="[ours: not stated, so none]")
@@ -105,28 +143,67 @@ def parse_args(argv=None):
         action="store_true",
         help="fixed shapes, CUDA graphs on a GPU; never run on one [ours: off]",
     )
-    g.add_argument("--batch-rows", type=int, default=64, help="responses decoded together; changes speed, not answers [ours: fits 80 GB]")
+    g.add_argument(
+        "--batch-rows",
+        type=int,
+        default=64,
+        help="responses decoded together; changes speed, not answers [ours: fits 80 GB]",
+    )
     g = p.add_argument_group("scoring")
-    g.add_argument("--vote", choices=("set", "tuple"), default="set", help="how several responses become one answer [paper §4; rule ours]")
-    g.add_argument("--tau", type=float, default=0.5, help="share of responses a quintuple needs under --vote tuple [ours: majority]")
+    g.add_argument(
+        "--vote",
+        choices=("set", "tuple"),
+        default="set",
+        help="how several responses become one answer [paper §4; rule ours]",
+    )
+    g.add_argument(
+        "--tau",
+        type=float,
+        default=0.5,
+        help="share of responses a quintuple needs under --vote tuple [ours: majority]",
+    )
     g.add_argument("--resamples", type=int, default=1000, help="of the bootstrap [ours: usual]")
-    g.add_argument("--tau-from", metavar="RUN", help="stored validation predictions: take the --tau best there [ours: never on test]")
+    g.add_argument(
+        "--tau-from",
+        metavar="RUN",
+        help="stored validation predictions: take the --tau best there [ours: never on test]",
+    )
     g.add_argument("--subsets", type=int, default=20, help="random subsets for F1@k [ours]")
-    g = p.add_argument_group("API models and shared settings", "--temperature is 0.8 without --api [paper §4]; 0 is greedy")
-    g.add_argument("--api", action="store_true", help="--model is an OpenAI-compatible server's, key in OPENAI_API_KEY [paper §4: GPT-4o]")
+    g = p.add_argument_group(
+        "API models and shared settings", "--temperature is 0.8 without --api [paper §4]; 0 is greedy"
+    )
+    g.add_argument(
+        "--api",
+        action="store_true",
+        help="--model is an OpenAI-compatible server's, key in OPENAI_API_KEY [paper §4: GPT-4o]",
+    )
     common.add_api_arguments(g, g)
     g = p.add_argument_group("runtime")
     g.add_argument("--seed", type=int, default=0, help="of sampling and bootstrap [ours]")
-    g.add_argument("--local_rank", "--local-rank", type=int, help="set by the deepspeed launcher [upstream default]")
+    g.add_argument(
+        "--local_rank", "--local-rank", type=int, help="set by the deepspeed launcher [upstream default]"
+    )
     args = p.parse_args(argv)
     stored_only = args.predictions or args.compare
     if stored_only and (args.model or args.adapter or args.prompt or args.api):
-        p.error("--predictions and --compare score what is stored: --model, --adapter, --prompt and --api do not apply")
+        p.error(
+            "--predictions and --compare score what is stored: --model, --adapter, --prompt and --api do not apply"
+        )
     if args.merge and not (args.model and args.adapter):
         p.error("--merge needs --model and --adapter")
     if not stored_only and not args.merge and not (args.model and args.data and args.out):
         p.error("give --model, --data and --out to predict, --predictions FILE to score, or --compare A B")
-    if min(args.samples, args.batch_rows, args.resamples, args.subsets, args.max_new_tokens, 1 if args.limit is None else args.limit) < 1:
+    if (
+        min(
+            args.samples,
+            args.batch_rows,
+            args.resamples,
+            args.subsets,
+            args.max_new_tokens,
+            1 if args.limit is None else args.limit,
+        )
+        < 1
+    ):
         p.error("--samples, --batch-rows, --resamples, --subsets, --max-new-tokens and --limit start at 1")
     if args.report and (not args.out or args.compare):
         p.error("--report needs --out, and one run")
@@ -135,11 +212,21 @@ def parse_args(argv=None):
     if args.api and args.adapter:
         p.error("--api asks a server: --adapter does not apply")
     if not args.api:
-        if args.base_url or args.max_tokens or args.param or args.price or args.budget or args.batch or args.dry_run:
+        if (
+            args.base_url
+            or args.max_tokens
+            or args.param
+            or args.price
+            or args.budget
+            or args.batch
+            or args.dry_run
+        ):
             p.error("--base-url, --max-tokens, --param, --price, --budget, --batch and --dry-run need --api")
         args.temperature = 0.8 if args.temperature is None else args.temperature
     if args.samples > 1 and args.temperature == 0:
-        p.error(f"--samples {args.samples} with --temperature 0 would store one answer {args.samples} times: drop one of the two")
+        p.error(
+            f"--samples {args.samples} with --temperature 0 would store one answer {args.samples} times: drop one of the two"
+        )
     if not 0 < args.tau <= 1:
         p.error(f"--tau {args.tau}: expected a share, above 0 and at most 1")
     return args
@@ -180,10 +267,14 @@ def stored(out, known, settings):
                     ) from None
                 other = [f"{k} {here.get(k)!r} (now {v!r})" for k, v in settings.items() if here.get(k) != v]
                 if other:
-                    raise InputError(f"{path}:{number}: stored with {', '.join(other)}: use another --out, or delete it with --fresh")
+                    raise InputError(
+                        f"{path}:{number}: stored with {', '.join(other)}: use another --out, or delete it with --fresh"
+                    )
                 expected = example and common.to_row(example, path)
                 if not expected or (row["text"], row["image"]) != (expected["text"], expected["image"]):
-                    raise InputError(f"{path}:{number}: id {row['id']} is not this tweet of --data: use another --out, or --fresh")
+                    raise InputError(
+                        f"{path}:{number}: id {row['id']} is not this tweet of --data: use another --out, or --fresh"
+                    )
                 where.setdefault(row["id"], (path, offset))
                 offset += len(line)
     return where
@@ -230,8 +321,13 @@ def predict(args, examples, known, out):
     if ranks.main and args.adapter and prompt != own:
         print(f"note: the adapter was trained with the {own} prompt, --prompt {prompt} overrides it")
     template = common.REASON_PROMPT if prompt == "reason" else common.DIRECT_PROMPT
-    settings = {name: getattr(args, name) for name in ("model", "samples", "temperature", "top_p", "max_new_tokens", "seed")}
-    settings["dtype"] = args.dtype if args.dtype != "auto" else "fp32" if ranks.device.type == "cpu" else "bf16"
+    settings = {
+        name: getattr(args, name)
+        for name in ("model", "samples", "temperature", "top_p", "max_new_tokens", "seed")
+    }
+    settings["dtype"] = (
+        args.dtype if args.dtype != "auto" else "fp32" if ranks.device.type == "cpu" else "bf16"
+    )
     settings["adapter"] = adapter_hash(args.adapter) if args.adapter else None
     settings["prompt"] = hashlib.sha256(template.encode()).hexdigest()[:16]
 
@@ -244,14 +340,22 @@ def predict(args, examples, known, out):
         ranks.barrier()
 
         # 2. Generate, longest prompts first: memory runs out at the start or never. Each rank appends to its own file.
-        todo = sorted((e for e in examples if e.id not in done), key=prompt_length, reverse=True)[ranks.rank :: ranks.world]
+        todo = sorted((e for e in examples if e.id not in done), key=prompt_length, reverse=True)[
+            ranks.rank :: ranks.world
+        ]
         if ranks.main:
             old = sum(e.id in done for e in examples)
-            print(f"{len(examples)} tweets, {old} stored already, {args.samples} responses each, {prompt} prompt, {settings['dtype']}")
+            print(
+                f"{len(examples)} tweets, {old} stored already, {args.samples} responses each, {prompt} prompt, {settings['dtype']}"
+            )
         if todo:
             model, processor = vlm.load(args.model, vlm.DTYPES[settings["dtype"]], ranks.device)
             model = vlm.load_adapter(model, args.adapter) if args.adapter else model
-            sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p}
+            sampling = {
+                "max_new_tokens": args.max_new_tokens,
+                "temperature": args.temperature,
+                "top_p": args.top_p,
+            }
             sampling |= {"static": args.static_cache}
             part, size = out / f"predictions.rank{ranks.rank}.jsonl", max(1, args.batch_rows // args.samples)
             bar = tqdm(total=len(todo), unit="tweet", disable=not ranks.main or None)
@@ -259,11 +363,28 @@ def predict(args, examples, known, out):
                 for start in range(0, len(todo), size):
                     batch = todo[start : start + size]
                     items = [(template.format(text=e.text), e.image) for e in batch]
-                    keys = [(args.seed, e.id) for e in batch]  # the same answers whatever the batch, the ranks or --limit
-                    answers = vlm.generate(model, processor, items, args.samples, **sampling, keys=keys, batch_rows=args.batch_rows)
+                    keys = [
+                        (args.seed, e.id) for e in batch
+                    ]  # the same answers whatever the batch, the ranks or --limit
+                    answers = vlm.generate(
+                        model,
+                        processor,
+                        items,
+                        args.samples,
+                        **sampling,
+                        keys=keys,
+                        batch_rows=args.batch_rows,
+                    )
                     for example, samples in zip(batch, answers, strict=True):
-                        responses = [{"text": s.text, "finished": s.finished, "tokens": len(s.ids)} for s in samples]
-                        row = {**common.to_row(example, part), "prompt": prompt, "responses": responses, "settings": settings}
+                        responses = [
+                            {"text": s.text, "finished": s.finished, "tokens": len(s.ids)} for s in samples
+                        ]
+                        row = {
+                            **common.to_row(example, part),
+                            "prompt": prompt,
+                            "responses": responses,
+                            "settings": settings,
+                        }
                         file.append([{**row, "key": example.id, "usage": None}])
                     bar.update(len(batch))
         ranks.barrier()
@@ -277,13 +398,22 @@ def ask(args, examples, known, out):
     prompt, path = args.prompt or "direct", out / "answers.jsonl"
     template = common.REASON_PROMPT if prompt == "reason" else common.DIRECT_PROMPT
     params = common.request_params(args)
-    client = common.ChatClient(args.model, args.base_url, args.concurrency, args.timeout, args.price, args.budget, params)
-    jobs = {e.id: client.job(common.to_row(e, path), template.format(text=e.text), e.image, args.samples) for e in known.values()}
+    client = common.ChatClient(
+        args.model, args.base_url, args.concurrency, args.timeout, args.price, args.budget, params
+    )
+    jobs = {
+        e.id: client.job(common.to_row(e, path), template.format(text=e.text), e.image, args.samples)
+        for e in known.values()
+    }
     wanted = [jobs[e.id] for e in examples]
     if args.dry_run:
         return common.print_estimate(client, wanted, 300, "predict")
     client.require_key()
-    settings = {"model": args.model, "params": params, "prompt": hashlib.sha256(template.encode()).hexdigest()[:16]}
+    settings = {
+        "model": args.model,
+        "params": params,
+        "prompt": hashlib.sha256(template.encode()).hexdigest()[:16],
+    }
     with contextlib.ExitStack() as stack:
         if fault := take(args, out, stack):
             raise fault
@@ -297,12 +427,17 @@ def ask(args, examples, known, out):
         failed, answers = common.ask_all(client, wanted, file, batch=args.batch), defaultdict(list)
         if args.batch == "submit":
             return None  # --batch collect goes on from here
-        for _, row in common.read_jsonl(path):  # a refusal or a filtered answer is stored, and read as no answer
+        for _, row in common.read_jsonl(
+            path
+        ):  # a refusal or a filtered answer is stored, and read as no answer
             answer = {"text": row["response"], "finished": row["status"] != "length", "status": row["status"]}
             answers[row["id"]].append({**answer, "model": row["model_answered"]})
         target = out / "predictions.jsonl"
         rows = [(common.to_row(e, target), answers[e.id]) for e in known.values() if answers[e.id]]
-        lines = [common.jsonl_line({**row, "prompt": prompt, "responses": given, "settings": settings}) for row, given in rows]
+        lines = [
+            common.jsonl_line({**row, "prompt": prompt, "responses": given, "settings": settings})
+            for row, given in rows
+        ]
         common.write_atomic(target, "".join(lines))
     return failed
 
@@ -329,18 +464,30 @@ def read_predictions(path, known=None):
         if known is not None and name not in known:
             unknown.append(name)
         elif known is not None and "responses" in row and row.get("text") != known[name].text:
-            raise InputError(f"{path}:{number}: id {name} has another text in --data: these predictions are of other data")
-        predictions[name] = _from_responses(path, number, row) if "responses" in row else _from_quintuples(path, number, row)
+            raise InputError(
+                f"{path}:{number}: id {name} has another text in --data: these predictions are of other data"
+            )
+        predictions[name] = (
+            _from_responses(path, number, row) if "responses" in row else _from_quintuples(path, number, row)
+        )
     if unknown:
-        raise InputError(f"{path}: {len(unknown)} of {len(predictions)} ids are not in the data ({', '.join(unknown[:3])}, …): other data?")
+        raise InputError(
+            f"{path}: {len(unknown)} of {len(predictions)} ids are not in the data ({', '.join(unknown[:3])}, …): other data?"
+        )
     if not predictions:
         raise InputError(f"{path}: no prediction in it")
     return predictions
 
 
 def _from_responses(path, number, row):
-    if row.get("prompt") not in ("reason", "direct") or not isinstance(row["responses"], list) or not row["responses"]:
-        raise InputError(f"{path}:{number}: expected 'prompt' reason or direct and a list of 'responses' (made by 05_eval.py)")
+    if (
+        row.get("prompt") not in ("reason", "direct")
+        or not isinstance(row["responses"], list)
+        or not row["responses"]
+    ):
+        raise InputError(
+            f"{path}:{number}: expected 'prompt' reason or direct and a list of 'responses' (made by 05_eval.py)"
+        )
     direct, answers, parsed, counts, thoughts = row["prompt"] == "direct", [], [], Counter(), set()
     for item in row["responses"]:
         if not isinstance(item, dict) or not isinstance(item.get("text"), str):
@@ -351,18 +498,40 @@ def _from_responses(path, number, row):
         answers.append(response.quintuples)
         parsed.append(bool(response.quintuples or said and not response.malformed))
         thoughts |= {hash(" ".join(response.think.split()))} if response.think else set()
-        shape = {"well_formed": response.well_formed and finished, "cut_off": not finished, "unparsed": not parsed[-1]}
-        counts.update({"responses": 1, **{name: int(value) for name, value in shape.items()}, "malformed_items": response.malformed})
+        shape = {
+            "well_formed": response.well_formed and finished,
+            "cut_off": not finished,
+            "unparsed": not parsed[-1],
+        }
+        counts.update(
+            {
+                "responses": 1,
+                **{name: int(value) for name, value in shape.items()},
+                "malformed_items": response.malformed,
+            }
+        )
     return Prediction(answers, parsed, counts, len(thoughts))
 
 
 def _from_quintuples(path, number, row):
     items = row.get("quintuples")
     if not isinstance(items, list):
-        raise InputError(f"{path}:{number}: expected 'responses' (ours) or a list of 'quintuples' [[e1, t1, e2, t2, r], …]")
-    good = [q for q in items if isinstance(q, list) and len(q) == 5 and all(isinstance(x, str) and x.strip() for x in q)]
+        raise InputError(
+            f"{path}:{number}: expected 'responses' (ours) or a list of 'quintuples' [[e1, t1, e2, t2, r], …]"
+        )
+    good = [
+        q
+        for q in items
+        if isinstance(q, list) and len(q) == 5 and all(isinstance(x, str) and x.strip() for x in q)
+    ]
     parsed, malformed = bool(good) or not items, len(items) - len(good)
-    counts = Counter(responses=1, well_formed=int(not malformed), cut_off=0, unparsed=int(not parsed), malformed_items=malformed)
+    counts = Counter(
+        responses=1,
+        well_formed=int(not malformed),
+        cut_off=0,
+        unparsed=int(not parsed),
+        malformed_items=malformed,
+    )
     return Prediction([tuple(common.quintuple(*q) for q in good)], [parsed], counts, 0)
 
 
@@ -376,8 +545,14 @@ def vote(answers, parsed, how="set", tau=0.5):
     if not voters:
         return []
     if how == "tuple":
-        return [q for q, n in Counter(q for answer in voters for q in answer).items() if n >= tau * len(voters) - 1e-9]
-    winner = max(counts := Counter(map(frozenset, voters)), key=counts.get)  # a Counter keeps order: the earliest on a tie
+        return [
+            q
+            for q, n in Counter(q for answer in voters for q in answer).items()
+            if n >= tau * len(voters) - 1e-9
+        ]
+    winner = max(
+        counts := Counter(map(frozenset, voters)), key=counts.get
+    )  # a Counter keeps order: the earliest on a tie
     return list(next(answer for answer in voters if frozenset(answer) == winner))
 
 
@@ -409,7 +584,9 @@ def headline(preds, golds, tweets, resamples, seed):
         counts = match_counts(preds, golds, MATCHING[metric])
         low, high = np.percentile(bootstrap(counts, tweets, resamples, seed), (2.5, 97.5), axis=1)
         result[metric] = common.micro(*counts.sum(0).tolist())
-        result[metric] |= {f"{name}_95": [low[i], high[i]] for i, name in enumerate(("precision", "recall", "f1"))}
+        result[metric] |= {
+            f"{name}_95": [low[i], high[i]] for i, name in enumerate(("precision", "recall", "f1"))
+        }
     return result
 
 
@@ -421,14 +598,21 @@ def per_relation(preds, golds):
         for i, group in enumerate((pred & gold, pred, gold)):
             for q in group:
                 counts[q.relation][i] += 1
-    return {name: common.micro(*counts[name]) for name in sorted(counts, key=lambda name: (-counts[name][2], -counts[name][1], name))}
+    return {
+        name: common.micro(*counts[name])
+        for name in sorted(counts, key=lambda name: (-counts[name][2], -counts[name][1], name))
+    }
 
 
 def per_size(preds, golds):
     """{number of gold quintuples: micro scores, examples}."""
     counts, sizes = match_counts(preds, golds, set), np.array([min(len(set(gold)), 4) for gold in golds])
     groups = {name: sizes == size for size, name in enumerate(("0", "1", "2", "3", "4 or more"))}
-    return {name: {"examples": int(m.sum())} | common.micro(*counts[m].sum(0).tolist()) for name, m in groups.items() if m.any()}
+    return {
+        name: {"examples": int(m.sum())} | common.micro(*counts[m].sum(0).tolist())
+        for name, m in groups.items()
+        if m.any()
+    }
 
 
 def overlap(a, b):
@@ -444,10 +628,22 @@ def compare_quintuples(pred, gold):
     """
     fits = []
     for crossed in (False, True):
-        p = common.Quintuple(pred.tail, pred.tail_type, pred.head, pred.head_type, pred.relation) if crossed else pred
+        p = (
+            common.Quintuple(pred.tail, pred.tail_type, pred.head, pred.head_type, pred.relation)
+            if crossed
+            else pred
+        )
         if overlap(p.head, gold.head) and overlap(p.tail, gold.tail):
             same = [a == b for a, b in zip(p, gold)]
-            kind = "span" if not (same[0] and same[2]) else "type" if not (same[1] and same[3]) else "direction" if same[4] else "relation"
+            kind = (
+                "span"
+                if not (same[0] and same[2])
+                else "type"
+                if not (same[1] and same[3])
+                else "direction"
+                if same[4]
+                else "relation"
+            )
             fits.append((sum(same), not crossed, kind))
     return max(fits)[::2] if fits else None
 
@@ -458,8 +654,16 @@ def classify(pred, gold, parsed=True):
     False positives and negatives about the same entities are paired one to one, most equal components first; the rest is
     spurious, and missing (unparsed where no response could be read).
     """
-    wrong, missed = [q for q in dict.fromkeys(pred) if q not in gold], [q for q in dict.fromkeys(gold) if q not in pred]
-    links = [(-fit[0], i, j, fit[1]) for i, p in enumerate(wrong) for j, g in enumerate(missed) if (fit := compare_quintuples(p, g))]
+    wrong, missed = (
+        [q for q in dict.fromkeys(pred) if q not in gold],
+        [q for q in dict.fromkeys(gold) if q not in pred],
+    )
+    links = [
+        (-fit[0], i, j, fit[1])
+        for i, p in enumerate(wrong)
+        for j, g in enumerate(missed)
+        if (fit := compare_quintuples(p, g))
+    ]
     errors, used_wrong, used_missed = [], set(), set()
     for _, i, j, kind in sorted(links):
         if i not in used_wrong and j not in used_missed:
@@ -467,7 +671,9 @@ def classify(pred, gold, parsed=True):
             used_wrong.add(i)
             used_missed.add(j)
     errors += [("spurious", q, None) for i, q in enumerate(wrong) if i not in used_wrong]
-    return errors + [("missing" if parsed else "unparsed", None, q) for j, q in enumerate(missed) if j not in used_missed]
+    return errors + [
+        ("missing" if parsed else "unparsed", None, q) for j, q in enumerate(missed) if j not in used_missed
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ many responses (Figure 5)
@@ -484,7 +690,9 @@ def f1_at_k(preds, golds, how="set", tau=0.5, subsets=20, seed=0):
         order = rng.permuted(np.tile(np.arange(n), (subsets, 1)), axis=1)  # [S, N]
         sets = [frozenset(answer) if ok else None for answer, ok in zip(p.answers[:n], p.parsed)]
         units = sets if how == "set" else [q for answer in sets if answer for q in answer]
-        index = {unit: i for i, unit in enumerate(dict.fromkeys(unit for unit in units if unit is not None))}  # what is voted on: U units
+        index = {
+            unit: i for i, unit in enumerate(dict.fromkeys(unit for unit in units if unit is not None))
+        }  # what is voted on: U units
         if not index:
             continue
         ballots = np.zeros((n, len(index)), np.int32)  # [N, U]
@@ -493,7 +701,9 @@ def f1_at_k(preds, golds, how="set", tau=0.5, subsets=20, seed=0):
                 ballots[i, [index[answer]] if how == "set" else [index[q] for q in answer]] = 1
         votes = ballots[order].cumsum(1, dtype=np.int32)  # [S, N, U]
         if how == "set":
-            first = np.minimum.accumulate(np.where(ballots[order], order[..., None].astype(np.int32), n), 1)  # ties: the earliest
+            first = np.minimum.accumulate(
+                np.where(ballots[order], order[..., None].astype(np.int32), n), 1
+            )  # ties: the earliest
             winner, cast = (votes * (n + 1) - first).argmax(2), votes.any(2)  # [S, N]
             tp += np.array([len(unit & set(gold)) for unit in index])[winner] * cast
             pred += np.array([len(unit) for unit in index])[winner] * cast
@@ -509,7 +719,9 @@ def diversity(preds, golds, args):
     """What many responses are worth: F1@k, single responses, the best of N by an oracle, distinct answers and reasoning paths."""
     curve = f1_at_k(preds, golds, args.vote, args.tau, args.subsets, args.seed)
     n = curve.shape[1]
-    counts = np.stack([match_counts([p.answers[i] for p in preds], golds, set) for i in range(n)])  # [N, examples, 3]
+    counts = np.stack(
+        [match_counts([p.answers[i] for p in preds], golds, set) for i in range(n)]
+    )  # [N, examples, 3]
     tp, pred, gold = np.moveaxis(counts, 2, 0)
     best = np.where(pred + gold > 0, 2 * tp / np.maximum(pred + gold, 1), 1).argmax(0)  # [examples]
     single = [common.micro(*total)["f1"] for total in counts.sum(1).tolist()]
@@ -517,7 +729,9 @@ def diversity(preds, golds, args):
     return {
         "n": n,
         "subsets": args.subsets,
-        "f1_at_k": [[k, m, d] for k, (m, d) in enumerate(zip(curve.mean(0).tolist(), curve.std(0).tolist()), 1)],
+        "f1_at_k": [
+            [k, m, d] for k, (m, d) in enumerate(zip(curve.mean(0).tolist(), curve.std(0).tolist()), 1)
+        ],
         "single_mean": float(np.mean(single)),
         "single_std": float(np.std(single)),
         "best_of_n": common.micro(*counts[best, np.arange(len(preds))].sum(0).tolist())["f1"],
@@ -533,31 +747,58 @@ def table(header, rows):
     """Aligned columns: text to the left, numbers to the right."""
     lines = [[str(x) for x in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    right = [i > 0 and all(not isinstance(row[i], str) or row[i][:1] in "0123456789+-–" for row in rows) for i in range(len(header))]
-    return "\n".join("  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right)).rstrip() for row in lines) + "\n"
+    right = [
+        i > 0 and all(not isinstance(row[i], str) or row[i][:1] in "0123456789+-–" for row in rows)
+        for i in range(len(header))
+    ]
+    return (
+        "\n".join(
+            "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right)).rstrip()
+            for row in lines
+        )
+        + "\n"
+    )
 
 
 def cells(scores):
-    return [f"{100 * scores[name]:.2f}" for name in ("precision", "recall", "f1")] + [scores[name] for name in ("tp", "pred", "gold")]
+    return [f"{100 * scores[name]:.2f}" for name in ("precision", "recall", "f1")] + [
+        scores[name] for name in ("tp", "pred", "gold")
+    ]
 
 
 def show(metrics):
     """The tables of metrics.json, as text."""
     columns = ("P %", "R %", "F1 %", "tp", "pred", "gold")
-    rows = [(RULES[name], s, "–".join(f"{100 * x:.2f}" for x in s["f1_95"])) for name, s in metrics["scores"].items()]
-    yield table(("", *columns, "95 % of F1", "equal means"), [(title, *cells(s), interval, rule) for (title, rule), s, interval in rows])
+    rows = [
+        (RULES[name], s, "–".join(f"{100 * x:.2f}" for x in s["f1_95"]))
+        for name, s in metrics["scores"].items()
+    ]
+    yield table(
+        ("", *columns, "95 % of F1", "equal means"),
+        [(title, *cells(s), interval, rule) for (title, rule), s, interval in rows],
+    )
     if many := metrics.get("samples"):
-        ks = sorted({k for k in (1, 2, 3, 5, 10, 20, 30, 50, 70, 100, 200, 500) if k < many["n"]} | {many["n"]})
+        ks = sorted(
+            {k for k in (1, 2, 3, 5, 10, 20, 30, 50, 70, 100, 200, 500) if k < many["n"]} | {many["n"]}
+        )
         rows = [(k, f"{100 * mean:.2f}", f"{100 * std:.2f}") for k, mean, std in many["f1_at_k"] if k in ks]
-        yield table(("k responses", f"F1@k by {metrics['vote']} vote, %", f"± over {many['subsets']} subsets"), rows)
+        yield table(
+            ("k responses", f"F1@k by {metrics['vote']} vote, %", f"± over {many['subsets']} subsets"), rows
+        )
         yield (
             f"single response {100 * many['single_mean']:.2f} ± {100 * many['single_std']:.2f}, best of {many['n']} (oracle) "
             f"{100 * many['best_of_n']:.2f}; a tweet has {many['distinct_answers']:.1f} distinct answers on {many['distinct_paths']:.1f} "
             "distinct reasoning paths\n"
         )
-    yield table(("gold quintuples", "tweets", *columns), [(name, s["examples"], *cells(s)) for name, s in metrics["per_size"].items()])
+    yield table(
+        ("gold quintuples", "tweets", *columns),
+        [(name, s["examples"], *cells(s)) for name, s in metrics["per_size"].items()],
+    )
     yield table(("relation", *columns), [(name, *cells(s)) for name, s in metrics["per_relation"].items()])
-    yield table(("error", "false pos.", "false neg.", "what it is"), [(name, *n, ERRORS[name]) for name, n in metrics["errors"].items()])
+    yield table(
+        ("error", "false pos.", "false neg.", "what it is"),
+        [(name, *n, ERRORS[name]) for name, n in metrics["errors"].items()],
+    )
     if metrics["confusion"]:
         yield table(("gold relation", "predicted", "times"), metrics["confusion"][:10])
 
@@ -573,8 +814,17 @@ def evaluate(args, examples, predictions):
     total = Counter()
     for example in examples:
         total.update(predictions[example.id].counts if example.id in predictions else {})
-    metrics = {"examples": len(examples), "without_prediction": sum(e.id not in predictions for e in examples), "responses": dict(total)}
-    metrics |= {"vote": args.vote, "tau": args.tau if args.vote == "tuple" else None, "seed": args.seed, "resamples": args.resamples}
+    metrics = {
+        "examples": len(examples),
+        "without_prediction": sum(e.id not in predictions for e in examples),
+        "responses": dict(total),
+    }
+    metrics |= {
+        "vote": args.vote,
+        "tau": args.tau if args.vote == "tuple" else None,
+        "seed": args.seed,
+        "resamples": args.resamples,
+    }
     scored = [e for e in examples if e.quintuples is not None]
     metrics |= {"without_gold": len(examples) - len(scored)}
     if scored:
@@ -585,7 +835,9 @@ def evaluate(args, examples, predictions):
         metrics["scores"] = headline(preds, golds, tweet_numbers(scored), args.resamples, args.seed)
         metrics["matching"] = {name: rule for name, (_, rule) in RULES.items()}
         metrics |= {"per_relation": per_relation(preds, golds), "per_size": per_size(preds, golds)}
-        metrics["errors"] = {name: [sum(k == name and e[i] is not None for k, *e in errors) for i in (0, 1)] for name in ERRORS}
+        metrics["errors"] = {
+            name: [sum(k == name and e[i] is not None for k, *e in errors) for i in (0, 1)] for name in ERRORS
+        }
         metrics["confusion"] = [(*pair, n) for pair, n in confusion.most_common()]
         n = min((len(predictions[e.id].answers) for e in scored if e.id in predictions), default=1)
         if n > 1:
@@ -604,8 +856,12 @@ def stored_run(path, known=None, limit=None):
     path = stored_file(path)
     if known is None:
         if "responses" not in next(common.read_jsonl(path), (0, {}))[1]:
-            raise InputError(f"{path}: holds quintuples without the tweets they are of: give the gold with --data")
-        known = {e.id: dataclasses.replace(e, row={}) for e in common.load_examples(path)}  # the responses are read one row at a time
+            raise InputError(
+                f"{path}: holds quintuples without the tweets they are of: give the gold with --data"
+            )
+        known = {
+            e.id: dataclasses.replace(e, row={}) for e in common.load_examples(path)
+        }  # the responses are read one row at a time
     return list(known.values())[:limit], read_predictions(path, known)
 
 
@@ -619,7 +875,9 @@ def best_tau(args):
         preds = [vote(predictions[e.id].answers, predictions[e.id].parsed, "tuple", tau) for e in examples]
         scores[tau] = common.micro(*match_counts(preds, golds, set).sum(0).tolist())["f1"]
     equals = [tau for tau in scores if scores[tau] == max(scores.values())]
-    print(f"--tau {equals[len(equals) // 2]:g}, the best on {args.tau_from} (F1 {100 * max(scores.values()):.2f} %)")
+    print(
+        f"--tau {equals[len(equals) // 2]:g}, the best on {args.tau_from} (F1 {100 * max(scores.values()):.2f} %)"
+    )
     return equals[len(equals) // 2]
 
 
@@ -632,37 +890,75 @@ def compare(args, known):
     rows, first, gold = {}, None, known
     for spec in args.compare:
         name, _, path = ("", "", spec) if Path(spec).exists() else spec.rpartition("=")
-        name = name or (Path(path).stem if Path(path).stem != "predictions" else Path(path).absolute().parent.name)
+        name = name or (
+            Path(path).stem if Path(path).stem != "predictions" else Path(path).absolute().parent.name
+        )
         if plain(name) in rows:
             raise InputError(f"--compare: two runs are named {name}: name them, as in SFT={path}")
         examples, predictions = stored_run(path, gold, args.limit)
         gold = gold or {e.id: e for e in examples}
         if any(e.quintuples is None for e in examples):
             raise InputError(f"{path}: has tweets without gold: give the gold with --data")
-        preds = [vote(p.answers, p.parsed, args.vote, args.tau) if (p := predictions.get(e.id)) else [] for e in examples]
+        preds = [
+            vote(p.answers, p.parsed, args.vote, args.tau) if (p := predictions.get(e.id)) else []
+            for e in examples
+        ]
         golds, tweets = [e.quintuples for e in examples], tweet_numbers(examples)
-        samples = bootstrap(match_counts(preds, golds, set), tweets, args.resamples, args.seed)[2]  # same seed: paired
+        samples = bootstrap(match_counts(preds, golds, set), tweets, args.resamples, args.seed)[
+            2
+        ]  # same seed: paired
         scores = headline(preds, golds, tweets, args.resamples, args.seed)
-        row = {"name": name, "run": path, "tweets": len(examples), "without_prediction": sum(e.id not in predictions for e in examples)}
+        row = {
+            "name": name,
+            "run": path,
+            "tweets": len(examples),
+            "without_prediction": sum(e.id not in predictions for e in examples),
+        }
         row["scores"] = {metric: scores[metric] for metric in ("jmere", "mner")}
         if first is None:
             first = (scores["jmere"]["f1"], samples)
         else:
             difference = samples - first[1]
-            tail = 1 + min((difference <= 0).sum(), (difference >= 0).sum()).item()  # + 1: no finite number of resamples shows p = 0
-            row |= {"f1_difference": scores["jmere"]["f1"] - first[0], "p": min(1.0, 2 * tail / (args.resamples + 1))}
+            tail = (
+                1 + min((difference <= 0).sum(), (difference >= 0).sum()).item()
+            )  # + 1: no finite number of resamples shows p = 0
+            row |= {
+                "f1_difference": scores["jmere"]["f1"] - first[0],
+                "p": min(1.0, 2 * tail / (args.resamples + 1)),
+            }
             row["difference_95"] = np.percentile(difference, (2.5, 97.5)).tolist()
         rows[plain(name)] = row
-    papers = {plain(name): (section, name, row) for section, group in TABLES.items() for name, row in group.items()}
-    result = [{"section": section, "name": name, "paper": paper, **rows.pop(key, {})} for key, (section, name, paper) in papers.items()]
-    starts = {"zero-shot": "Zero-shot (Table 3)", **dict.fromkeys(("no ", "without ", "w/o "), "Ablations (Table 2)")}
+    papers = {
+        plain(name): (section, name, row) for section, group in TABLES.items() for name, row in group.items()
+    }
+    result = [
+        {"section": section, "name": name, "paper": paper, **rows.pop(key, {})}
+        for key, (section, name, paper) in papers.items()
+    ]
+    starts = {
+        "zero-shot": "Zero-shot (Table 3)",
+        **dict.fromkeys(("no ", "without ", "w/o "), "Ablations (Table 2)"),
+    }
     for row in rows.values():  # runs that are no row of the paper
         section = next((starts[s] for s in starts if row["name"].casefold().startswith(s)), "Other runs")
         result.append({"section": section, "paper": None, **row})
     return sorted(result, key=lambda row: list(TABLES).index(row["section"]))
 
 
-COMPARED = ("P %", "R %", "F1 %", "95 % of F1", "MNER F1", "ΔF1", "95 % of Δ", "p", "paper P", "R", "F1", "MNER F1")
+COMPARED = (
+    "P %",
+    "R %",
+    "F1 %",
+    "95 % of F1",
+    "MNER F1",
+    "ΔF1",
+    "95 % of Δ",
+    "p",
+    "paper P",
+    "R",
+    "F1",
+    "MNER F1",
+)
 
 
 def compared_cells(row):
@@ -673,17 +969,29 @@ def compared_cells(row):
     ours = ["–"] * 5
     if scores:
         s = scores["jmere"]
-        ours = [*cells(s)[:3], "–".join(number(100 * x) for x in s["f1_95"]), number(100 * scores["mner"]["f1"])]
+        ours = [
+            *cells(s)[:3],
+            "–".join(number(100 * x) for x in s["f1_95"]),
+            number(100 * scores["mner"]["f1"]),
+        ]
     delta = ["–"] * 3
     if difference:
-        delta = [number(100 * row["f1_difference"], "+"), " … ".join(number(100 * x, "+") for x in difference), f"{row['p']:.3f}"]
+        delta = [
+            number(100 * row["f1_difference"], "+"),
+            " … ".join(number(100 * x, "+") for x in difference),
+            f"{row['p']:.3f}",
+        ]
     return [*ours, *delta, *map(number, row["paper"] or [None] * 4)]
 
 
 def show_comparison(rows, markdown=False):
     """Tables 1 to 3 as text or Markdown; a section without a run of ours and without a figure of the paper is left out."""
     for section in TABLES:
-        body = [(r["name"], *compared_cells(r)) for r in rows if r["section"] == section and (r.get("scores") or any(r["paper"]))]
+        body = [
+            (r["name"], *compared_cells(r))
+            for r in rows
+            if r["section"] == section and (r.get("scores") or any(r["paper"]))
+        ]
         if body and markdown:
             lines = [(section, *COMPARED), ("---", *["---:"] * len(COMPARED)), *body]
             yield "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -710,9 +1018,18 @@ def shown_example(example, prediction, final, row):
     """What the page says of one tweet: items [class, predicted or None, gold or None], the reasoning of the answer that won."""
     gold = example.quintuples
     items = [("correct", q, q) for q in gold or () if q in final] + (
-        [("predicted", q, None) for q in final] if gold is None else classify(final, gold, prediction is None or any(prediction.parsed))
+        [("predicted", q, None) for q in final]
+        if gold is None
+        else classify(final, gold, prediction is None or any(prediction.parsed))
     )
-    shown = {"id": example.id, "text": example.text, "image": thumbnail(example.image), "items": items, "reason": [], "raw": None}
+    shown = {
+        "id": example.id,
+        "text": example.text,
+        "image": thumbnail(example.image),
+        "items": items,
+        "reason": [],
+        "raw": None,
+    }
     if prediction and "responses" in row:
         sets = [frozenset(a) if ok else None for a, ok in zip(prediction.answers, prediction.parsed)]
         distance = [len(answer ^ frozenset(final)) if answer is not None else float("inf") for answer in sets]
@@ -729,19 +1046,38 @@ def shown_example(example, prediction, final, row):
 def write_report(args, out, path, examples, predictions, finals, metrics):
     """Fill the template report.html, which stands beside this script, with one JSON block."""
     rest, shown, settings = {e.id: e for e in examples[: args.report_examples]}, {}, {}
-    for _, row in common.read_jsonl(path):  # again, one row at a time: the texts of all responses need not be in memory
+    for _, row in common.read_jsonl(
+        path
+    ):  # again, one row at a time: the texts of all responses need not be in memory
         name, settings = str(row["id"]), settings or row.get("settings", {})
         if name in rest:
             shown[name] = shown_example(rest.pop(name), predictions[name], finals[name], row)
     shown |= {name: shown_example(example, None, [], {}) for name, example in rest.items()}
-    facts = {"tweets": metrics["examples"], "from": Path(path).name, **{n: settings.get(n) for n in ("model", "adapter", "temperature")}}
-    facts |= {"responses": metrics["responses"].get("responses"), "vote": metrics["vote"] if "samples" in metrics else None}
+    facts = {
+        "tweets": metrics["examples"],
+        "from": Path(path).name,
+        **{n: settings.get(n) for n in ("model", "adapter", "temperature")},
+    }
+    facts |= {
+        "responses": metrics["responses"].get("responses"),
+        "vote": metrics["vote"] if "samples" in metrics else None,
+    }
     facts |= {"without prediction": metrics["without_prediction"]}
-    data = {"run": out.absolute().name, "facts": {name: value for name, value in facts.items() if value}, "metrics": metrics}
-    data |= {"rules": RULES, "errors": ERRORS, "shown": [shown[e.id] for e in examples[: args.report_examples]]}
+    data = {
+        "run": out.absolute().name,
+        "facts": {name: value for name, value in facts.items() if value},
+        "metrics": metrics,
+    }
+    data |= {
+        "rules": RULES,
+        "errors": ERRORS,
+        "shown": [shown[e.id] for e in examples[: args.report_examples]],
+    }
     data["paper"] = [(name, row[2]) for group in TABLES.values() for name, row in group.items() if row[2]]
     template = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
-    common.write_atomic(out / "report.html", template.replace("{{DATA}}", json.dumps(data).replace("<", "\\u003c"), 1))
+    common.write_atomic(
+        out / "report.html", template.replace("{{DATA}}", json.dumps(data).replace("<", "\\u003c"), 1)
+    )
     pictures = sum(row["image"] is not None for row in data["shown"])
     print(f"written: {out}/report.html, {len(shown)} of {len(examples)} tweets, {pictures} with their image")
 
@@ -752,14 +1088,22 @@ def main(args):
         import vlm
 
         proof = vlm.merge(args.model, args.adapter, args.merge)
-        print("{}: merged in {dtype}; logits differ from base + adapter by {difference:.1e} of the largest".format(args.merge, **proof))
-        print("allowed {tolerance:.0e}; without the adapter they would differ by {effect:.1e}".format(**proof))
+        print(
+            "{}: merged in {dtype}; logits differ from base + adapter by {difference:.1e} of the largest".format(
+                args.merge, **proof
+            )
+        )
+        print(
+            "allowed {tolerance:.0e}; without the adapter they would differ by {effect:.1e}".format(**proof)
+        )
         return None
 
     # 1. The tweets
     out, known, examples = args.out and Path(args.out), None, None
     if args.data:
-        examples = common.load_examples(args.data, args.image_dir, skip_bad=args.skip_bad, merge_repeats=args.merge_repeats)
+        examples = common.load_examples(
+            args.data, args.image_dir, skip_bad=args.skip_bad, merge_repeats=args.merge_repeats
+        )
         if not (args.predictions or args.compare):
             examples = common.check_images(examples, args.skip_bad)
         known = {e.id: e for e in examples}
@@ -769,7 +1113,9 @@ def main(args):
     if args.compare:
         rows = compare(args, known)
         print(*show_comparison(rows), sep="\n")
-        print(f"Δ, its interval and p (two-sided): against {args.compare[0]}, paired bootstrap of {args.resamples} resamples over tweets.")
+        print(
+            f"Δ, its interval and p (two-sided): against {args.compare[0]}, paired bootstrap of {args.resamples} resamples over tweets."
+        )
         if out:
             common.write_atomic(out / "compare.md", "\n".join(show_comparison(rows, markdown=True)))
             common.write_atomic(out / "compare.json", json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
@@ -790,7 +1136,11 @@ def main(args):
     metrics, finals = evaluate(args, examples, predictions)
     absent = f"{metrics['without_prediction']} without a prediction (counted as empty), {metrics['without_gold']} without gold (not scored)"
     print(f"{path}: {len(examples)} tweets, {absent}")
-    print("responses: " + ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in metrics["responses"].items()) + "\n")
+    print(
+        "responses: "
+        + ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in metrics["responses"].items())
+        + "\n"
+    )
     if "scores" in metrics:
         print(*show(metrics), sep="\n")
     else:
@@ -799,7 +1149,9 @@ def main(args):
         common.write_atomic(out / "metrics.json", json.dumps(metrics, ensure_ascii=False, indent=1) + "\n")
         rows = ({"id": e.id, "quintuples": [list(q) for q in finals.get(e.id, [])]} for e in examples)
         common.write_atomic(out / "quintuples.jsonl", "".join(map(common.jsonl_line, rows)))
-        print(f"written: {out}/metrics.json, {out}/quintuples.jsonl" + ("" if args.predictions else f", {path}"))
+        print(
+            f"written: {out}/metrics.json, {out}/quintuples.jsonl" + ("" if args.predictions else f", {path}")
+        )
         if args.report:
             write_report(args, out, path, examples, predictions, finals, metrics)
     return 1 if failed else 0

@@ -77,7 +77,14 @@ RELATIONS = (
     "place of birth", "member of", "subsidiary", "locate at", "contain", "present in", "awarded", "race", "religion",
     "nationality", "part of", "held on",
 )  # fmt: skip
-ALIASES = {"person": "per", "organization": "org", "organisation": "org", "location": "loc", "miscellaneous": "misc", "alumni": "alumi"}
+ALIASES = {
+    "person": "per",
+    "organization": "org",
+    "organisation": "org",
+    "location": "loc",
+    "miscellaneous": "misc",
+    "alumni": "alumi",
+}
 
 
 class Quintuple(NamedTuple):
@@ -112,7 +119,11 @@ def normalise_label(label):
 
 def quintuple(head, head_type, tail, tail_type, relation):
     return Quintuple(
-        normalise_text(head), normalise_label(head_type), normalise_text(tail), normalise_label(tail_type), normalise_label(relation)
+        normalise_text(head),
+        normalise_label(head_type),
+        normalise_text(tail),
+        normalise_label(tail_type),
+        normalise_label(relation),
     )
 
 
@@ -125,7 +136,9 @@ def read_jsonl(path):
         if isinstance(row, InputError):
             raise row
         if not isinstance(row, dict):
-            raise InputError(f"{path}:{number}: found a JSON {type(row).__name__}, expected an object {{…}} on every line")
+            raise InputError(
+                f"{path}:{number}: found a JSON {type(row).__name__}, expected an object {{…}} on every line"
+            )
         yield number, row
 
 
@@ -146,7 +159,9 @@ def _lines(path):
                 if line.strip():
                     yield number, line
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}): save the file as UTF-8") from None
+        raise InputError(
+            f"{path}: not UTF-8 ({error.reason} at byte {error.start}): save the file as UTF-8"
+        ) from None
     except OSError as error:
         raise InputError(f"{path}: cannot read ({error.strerror})") from None
 
@@ -181,7 +196,11 @@ class Example:
     row: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
-MADE_BY = {"cot": "01_distill.py", "candidate": "01_distill.py", "score": "02_filter.py"}  # else: the annotations themselves
+MADE_BY = {
+    "cot": "01_distill.py",
+    "candidate": "01_distill.py",
+    "score": "02_filter.py",
+}  # else: the annotations themselves
 
 
 def load_examples(path, image_dir=None, need=(), key=("id",), skip_bad=False, merge_repeats=False):
@@ -211,7 +230,9 @@ def load_examples(path, image_dir=None, need=(), key=("id",), skip_bad=False, me
             example = convert(where, row, stems, need)
             name = tuple(example.row[field] for field in key)
             if name in seen:
-                raise InputError(f"{where}: {', '.join(key)} {', '.join(map(str, name))} stands already at {seen[name]}, expected it once")
+                raise InputError(
+                    f"{where}: {', '.join(key)} {', '.join(map(str, name))} stands already at {seen[name]}, expected it once"
+                )
         except InputError as error:
             if not skip_bad:
                 raise
@@ -219,7 +240,15 @@ def load_examples(path, image_dir=None, need=(), key=("id",), skip_bad=False, me
             bad += 1
             continue
         seen[name] = where
-        examples.append(Example(example.id, example.text, find_image(example.image, image_dir, path), example.quintuples, example.row))
+        examples.append(
+            Example(
+                example.id,
+                example.text,
+                find_image(example.image, image_dir, path),
+                example.quintuples,
+                example.row,
+            )
+        )
     if bad:
         print(f"{path}: {bad} bad rows skipped, {len(examples)} kept (--skip-bad)", file=sys.stderr)
     if not examples:
@@ -236,7 +265,11 @@ def find_image(name, image_dir, path):
 
 def to_row(example, out):
     """The four input fields of `example` as our JSONL spells them, image path relative to the folder of `out`."""
-    row = {"id": example.id, "text": example.text, "image": os.path.relpath(example.image, Path(out).absolute().parent)}
+    row = {
+        "id": example.id,
+        "text": example.text,
+        "image": os.path.relpath(example.image, Path(out).absolute().parent),
+    }
     return row if example.quintuples is None else {**row, "quintuples": [list(q) for q in example.quintuples]}
 
 
@@ -246,14 +279,29 @@ def check_images(examples, skip_bad=False):
     Raises InputError naming the first bad ids; with skip_bad drops them and says how many.
     """
     with ThreadPoolExecutor() as pool:  # PIL decodes without the GIL
-        faults = list(tqdm(pool.map(_image_fault, examples), total=len(examples), desc="check images", unit="img", disable=None))
+        faults = list(
+            tqdm(
+                pool.map(_image_fault, examples),
+                total=len(examples),
+                desc="check images",
+                unit="img",
+                disable=None,
+            )
+        )
     bad = [(example, fault) for example, fault in zip(examples, faults) if fault]
     if not bad:
         return examples
-    shown = "; ".join(f"{example.id}: {fault}" for example, fault in bad[:3]) + ("; …" if len(bad) > 3 else "")
+    shown = "; ".join(f"{example.id}: {fault}" for example, fault in bad[:3]) + (
+        "; …" if len(bad) > 3 else ""
+    )
     if not skip_bad or len(bad) == len(examples):
-        raise InputError(f"{len(bad)} of {len(examples)} images cannot be used: {shown} (check --image-dir, or drop them with --skip-bad)")
-    print(f"skipped {len(bad)} of {len(examples)} examples for their image: {shown} (--skip-bad)", file=sys.stderr)
+        raise InputError(
+            f"{len(bad)} of {len(examples)} images cannot be used: {shown} (check --image-dir, or drop them with --skip-bad)"
+        )
+    print(
+        f"skipped {len(bad)} of {len(examples)} examples for their image: {shown} (--skip-bad)",
+        file=sys.stderr,
+    )
     return [example for example, fault in zip(examples, faults) if not fault]
 
 
@@ -269,7 +317,12 @@ def load_image(path):
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what PIL raises on broken files
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombError,
+    ) as error:  # what PIL raises on broken files
         reason = "no such file" if isinstance(error, FileNotFoundError) else f"unreadable image ({error})"
         raise InputError(f"{path}: {reason}") from None
 
@@ -278,7 +331,9 @@ def _jmere_rows(path):
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: begins like a JMERE file (one JSON list) but is not JSON: {error}") from None
+        raise InputError(
+            f"{path}: begins like a JMERE file (one JSON list) but is not JSON: {error}"
+        ) from None
     for number, row in enumerate(rows, 1):
         yield f"{path}: item {number}", row
 
@@ -316,7 +371,12 @@ def _mnre_rows(path):
             relation = row["relation"].split("/")  # '/per/org/member_of', or 'None'
             token, img_id, names = row["token"], row["img_id"], [row[end]["name"] for end in "ht"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            yield where, InputError(f"{where}: not an MNRE line with token, h, t, img_id and relation ({type(error).__name__}: {error})")
+            yield (
+                where,
+                InputError(
+                    f"{where}: not an MNRE line with token, h, t, img_id and relation ({type(error).__name__}: {error})"
+                ),
+            )
             continue
         same, typed = current is not None and current["token"] == token, len(relation) == 4
         if not (same and typed) and current is not None:
@@ -335,9 +395,20 @@ def _from_jmere(where, row, stems, need):
     try:
         text, image = " ".join(row["token"]), row["img_id"]
         labels = [label for group in row["label_list"] for label in group]
-        parts = [(q["beg_ent"]["name"], q["beg_ent"]["tags"], q["sec_ent"]["name"], q["sec_ent"]["tags"], q["relation"]) for q in labels]
+        parts = [
+            (
+                q["beg_ent"]["name"],
+                q["beg_ent"]["tags"],
+                q["sec_ent"]["name"],
+                q["sec_ent"]["tags"],
+                q["relation"],
+            )
+            for q in labels
+        ]
     except (KeyError, TypeError) as error:
-        raise InputError(f"{where}: not a JMERE row with token, img_id and label_list ({type(error).__name__}: {error})") from None
+        raise InputError(
+            f"{where}: not a JMERE row with token, img_id and label_list ({type(error).__name__}: {error})"
+        ) from None
     stem = Path(image).stem
     stems[stem] += 1
     name = stem if stems[stem] == 1 else f"{stem}-{stems[stem]}"  # one image may serve several rows
@@ -347,27 +418,45 @@ def _from_jmere(where, row, stems, need):
 
 def _from_jsonl(where, row, stems, need):
     if not isinstance(row, dict):
-        raise InputError(f"{where}: found a JSON {type(row).__name__}, expected an object with id, text and image")
+        raise InputError(
+            f"{where}: found a JSON {type(row).__name__}, expected an object with id, text and image"
+        )
     for name in ("id", "text", "image", *need):
         if row.get(name) is None or row[name] == "" and name in ("id", "image"):
-            raise InputError(f"{where}: missing {name!r} ({'made by ' + MADE_BY[name] if name in MADE_BY else 'part of the annotations'})")
+            raise InputError(
+                f"{where}: missing {name!r} ({'made by ' + MADE_BY[name] if name in MADE_BY else 'part of the annotations'})"
+            )
         if name in ("text", "image", "cot") and not isinstance(row[name], str):
             raise InputError(f"{where}: {name!r} is a {type(row[name]).__name__}, expected a string")
     try:
         jsonl_line(row).encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, written \\ud83d: no later stage could store it
-        raise InputError(f"{where}: holds half a character ({error.reason} {error.object[error.start]!r}): mend the escape") from None
+    except (
+        UnicodeEncodeError
+    ) as error:  # half of a surrogate pair, written \\ud83d: no later stage could store it
+        raise InputError(
+            f"{where}: holds half a character ({error.reason} {error.object[error.start]!r}): mend the escape"
+        ) from None
     gold = row.get("quintuples")
-    return Example(str(row["id"]), row["text"], row["image"], None if gold is None else _gold(where, gold), row)
+    return Example(
+        str(row["id"]), row["text"], row["image"], None if gold is None else _gold(where, gold), row
+    )
 
 
 def _gold(where, items):
     if not isinstance(items, list):
-        raise InputError(f"{where}: 'quintuples' is a {type(items).__name__}, expected a list [[e1, t1, e2, t2, r], …]")
+        raise InputError(
+            f"{where}: 'quintuples' is a {type(items).__name__}, expected a list [[e1, t1, e2, t2, r], …]"
+        )
     out = []
     for item in items:
-        if not (isinstance(item, list | tuple) and len(item) == 5 and all(isinstance(x, str) and x.strip() for x in item)):
-            raise InputError(f"{where}: quintuple {json.dumps(item, ensure_ascii=False)[:80]}, expected five non-empty strings")
+        if not (
+            isinstance(item, list | tuple)
+            and len(item) == 5
+            and all(isinstance(x, str) and x.strip() for x in item)
+        ):
+            raise InputError(
+                f"{where}: quintuple {json.dumps(item, ensure_ascii=False)[:80]}, expected five non-empty strings"
+            )
         q = quintuple(*item)
         for label, known in ((q.head_type, TYPES), (q.tail_type, TYPES), (q.relation, RELATIONS)):
             if label not in known:
@@ -404,7 +493,9 @@ REASON_PROMPT = (  # App. E: text, image, type ranges; the think/answer sentence
     "First output the thinking process in <think> </think> tags and then output the final answer in <answer> </answer> tags. "
     f"Write in the answer {ANSWER_FORM}."
 )
-DIRECT_PROMPT = TASK + f"\nTweet: {{text}}\nOutput only the final answer: {ANSWER_FORM}."  # SFT baseline and zero-shot, Tables 1 and 3
+DIRECT_PROMPT = (
+    TASK + f"\nTweet: {{text}}\nOutput only the final answer: {ANSWER_FORM}."
+)  # SFT baseline and zero-shot, Tables 1 and 3
 
 COT_PARTS = ("Image Description", "Visual-Text Alignment", "Quintuple Reasoning")  # MP-CoT, §3.2
 DISTILL_PROMPT = (  # App. D: image, text and gold → the three parts of MP-CoT
@@ -424,16 +515,26 @@ REPREDICT_PROMPT = (  # App. B, Re-Prediction Filter: image, text and MP-CoT, no
 )
 
 SCORE_RULES = (  # App. B, Rule-Based Score Filter: (aspect, rule, most points); ten points in all
-    ("image description", "names the people, objects, places and writing in the image that matter for the tweet", 2),
+    (
+        "image description",
+        "names the people, objects, places and writing in the image that matter for the tweet",
+        2,
+    ),
     ("image description", "says nothing about the image that it does not show", 2),
-    ("image-text association", "ties each entity of the tweet that is visible to the part of the image that shows it", 2),
+    (
+        "image-text association",
+        "ties each entity of the tweet that is visible to the part of the image that shows it",
+        2,
+    ),
     ("image-text association", "says what the image adds to the text, or that it adds nothing", 1),
     ("reasoning", "gives a reason for the type of every entity it uses", 1),
     ("reasoning", "derives every relation from text or image in steps that follow", 2),
 )
 SCORE_PROMPT = (
     "Score the reasoning that a model wrote about a tweet and its image. Be strict; judge only by these rules, in integers:\n"
-    + "\n".join(f"R{i} ({aspect}; 0 to {most}): {rule}." for i, (aspect, rule, most) in enumerate(SCORE_RULES, 1))
+    + "\n".join(
+        f"R{i} ({aspect}; 0 to {most}): {rule}." for i, (aspect, rule, most) in enumerate(SCORE_RULES, 1)
+    )
     + "\n\nExample 1. Image: two footballers in red shirts shake hands. Tweet: Messi meets Xavi before the match\n"
     "Image Description: Two football players in red shirts shake hands on a pitch.\n"
     "Visual-Text Alignment: Messi and Xavi are the two players; the shared shirt shows one team, which the text does not say.\n"
@@ -445,10 +546,14 @@ SCORE_PROMPT = (
     "Quintuple Reasoning: The Lakers are located at Staples Center.\n"
     "Scores: R1=1 R2=0 R3=1 R4=0 R5=0 R6=1\n\n"
     "Now score this one.\nTweet: {text}\n{cot}\n"
-    "Answer with one line in the form of the examples: Scores: " + " ".join(f"R{i}=…" for i in range(1, len(SCORE_RULES) + 1))
+    "Answer with one line in the form of the examples: Scores: "
+    + " ".join(f"R{i}=…" for i in range(1, len(SCORE_RULES) + 1))
 )
 
-COT_HEADING = re.compile(r"^[ \t#*>\d.()-]*(Image Description|Visual-Text Alignment|Quintuple Reasoning)[ \t*]*:?[ \t*]*", re.I | re.M)
+COT_HEADING = re.compile(
+    r"^[ \t#*>\d.()-]*(Image Description|Visual-Text Alignment|Quintuple Reasoning)[ \t*]*:?[ \t*]*",
+    re.I | re.M,
+)
 
 
 def parse_cot(text):
@@ -461,7 +566,9 @@ def parse_cot(text):
     """
     pieces = COT_HEADING.split(text)  # [before, heading, body, heading, body, heading, body]
     headings, bodies = pieces[1::2], [body.strip().removesuffix("```").strip() for body in pieces[2::2]]
-    if [heading.casefold() for heading in headings] != [part.casefold() for part in COT_PARTS] or not all(bodies):
+    if [heading.casefold() for heading in headings] != [part.casefold() for part in COT_PARTS] or not all(
+        bodies
+    ):
         return None
     if any(tag in text for tag in TAGS):
         return None
@@ -476,7 +583,10 @@ CLOSES = {"[": "]", "(": ")"}
 QUOTES = {'"': '"', "'": "'", "`": "`", "“": "”", "‘": "’", "*": "*"}
 BULLET = re.compile(r"(?:[-*•]|\d{1,3}[.)])\s+")
 FENCE = re.compile(r"^[ \t]*```[^\n\[({]*|```[ \t]*$", re.M)
-BOUNDARY = {"[": re.compile(r"\]\s*(?:[,;]\s*)?\["), "(": re.compile(r"\)\s*(?:[,;]\s*)?\(")}  # between two items of a line
+BOUNDARY = {
+    "[": re.compile(r"\]\s*(?:[,;]\s*)?\["),
+    "(": re.compile(r"\)\s*(?:[,;]\s*)?\("),
+}  # between two items of a line
 TYPE_SPELLINGS = frozenset((*TYPES, *(alias for alias, label in ALIASES.items() if label in TYPES)))
 
 
@@ -501,7 +611,9 @@ def _format_item(q):
     line = f"[{', '.join(q)}]"
     if _parse_line(line) == ([tuple(q)], 0) and not any(tag in line for tag in TAGS):
         return line
-    quoted = ", ".join(json.dumps(part, ensure_ascii=False) for part in q)  # an entity that reads like syntax, such as 'a, per, b'
+    quoted = ", ".join(
+        json.dumps(part, ensure_ascii=False) for part in q
+    )  # an entity that reads like syntax, such as 'a, per, b'
     return f"[{quoted}]".replace("<", "\\u003c")
 
 
@@ -571,7 +683,9 @@ def _parse_json(text):
             items, malformed = items + more, malformed + (bad if more or bad else 1)
             continue
         fields = list(item.values()) if isinstance(item, dict) else item
-        fields = [str(x) if isinstance(x, int | float) else x for x in fields] if isinstance(fields, list) else []
+        fields = (
+            [str(x) if isinstance(x, int | float) else x for x in fields] if isinstance(fields, list) else []
+        )
         if len(fields) == 5 and all(isinstance(x, str) and x.strip() for x in fields):
             items.append(tuple(fields))
         else:
@@ -669,10 +783,14 @@ def reward(text, gold, alpha=0.2, beta=0.1):
     if not response.well_formed:
         return Reward(0.0, 0.0, 0.0, 0.0)
     pred, gold = response.quintuples, tuple(gold)
-    if response.malformed or (gold and not pred):  # "invalid quintuple structure is assigned a reward of zero"
+    if response.malformed or (
+        gold and not pred
+    ):  # "invalid quintuple structure is assigned a reward of zero"
         return Reward(beta, 0.0, 0.0, 1.0)
     found = sum(q in pred for q in gold)
-    accuracy = 2 * found / (len(gold) + len(pred)) if gold or pred else 1.0  # [ours]: nothing to find, nothing said
+    accuracy = (
+        2 * found / (len(gold) + len(pred)) if gold or pred else 1.0
+    )  # [ours]: nothing to find, nothing said
     components = matched_components(pred, gold) / (5 * len(pred)) if pred else 1.0
     canonical = format_answer(gold)
     distance = Levenshtein.distance(response.answer, canonical)
@@ -691,7 +809,11 @@ def matched_components(pred, gold):
         return 0
     cost = [[-sum(a == b for a, b in zip(row, column)) for column in columns] for row in rows]
     n, m = len(rows), len(columns)
-    u, v, owner = [0] * (n + 1), [0] * (m + 1), [0] * (m + 1)  # potentials; owner[column] = row, 1-based, 0 free
+    u, v, owner = (
+        [0] * (n + 1),
+        [0] * (m + 1),
+        [0] * (m + 1),
+    )  # potentials; owner[column] = row, 1-based, 0 free
     for i in range(1, n + 1):
         owner[0], j = i, 0
         slack, way, used = [float("inf")] * (m + 1), [0] * (m + 1), [False] * (m + 1)
@@ -752,14 +874,35 @@ def score(predictions, golds):
 def micro(tp, pred, gold):
     """Counts → scores; 0 where a denominator is 0."""
     f1 = 2 * tp / (pred + gold) if pred + gold else 0.0
-    return {"precision": tp / pred if pred else 0.0, "recall": tp / gold if gold else 0.0, "f1": f1, "tp": tp, "pred": pred, "gold": gold}
+    return {
+        "precision": tp / pred if pred else 0.0,
+        "recall": tp / gold if gold else 0.0,
+        "f1": f1,
+        "tp": tp,
+        "pred": pred,
+        "gold": gold,
+    }
 
 
 # ------------------------------------------------------------------------------------------------ chat API client (SPEC §8)
 
-SENT_AS_IS = ("JPEG", "PNG", "GIF", "WEBP")  # what OpenAI-compatible servers read; anything else travels as PNG
-FATAL = {401: "check OPENAI_API_KEY", 402: "no credit left", 403: "this key may not", 404: "check --model and --base-url"}
-FILTERED = ("content_filter", "content_policy_violation", "moderation_blocked")  # error codes of a filtered prompt
+SENT_AS_IS = (
+    "JPEG",
+    "PNG",
+    "GIF",
+    "WEBP",
+)  # what OpenAI-compatible servers read; anything else travels as PNG
+FATAL = {
+    401: "check OPENAI_API_KEY",
+    402: "no credit left",
+    403: "this key may not",
+    404: "check --model and --base-url",
+}
+FILTERED = (
+    "content_filter",
+    "content_policy_violation",
+    "moderation_blocked",
+)  # error codes of a filtered prompt
 REFUSAL = re.compile(r"\s*(?:i['’]?m sorry|sorry, |i (?:cannot|can['’]t|am unable to|won['’]t) )", re.I)
 TOKENS = ("prompt_tokens", "completion_tokens")
 
@@ -793,17 +936,54 @@ class Job(NamedTuple):
 
 def add_api_arguments(model, runtime):
     """The arguments of every script that asks a server; model, runtime: argument groups."""
-    model.add_argument("--base-url", help="OpenAI-compatible server [ours: default OPENAI_BASE_URL, else OpenAI]")
-    model.add_argument("--temperature", type=float, help="sent only when given: newer models refuse it [upstream default]")
-    model.add_argument("--max-tokens", type=int, help="sent as max_tokens, only when given [upstream default]")
-    model.add_argument("--param", action="append", default=[], metavar="NAME=JSON", help="other request field, repeatable [ours]")
-    runtime.add_argument("--concurrency", type=int, default=16, help="calls in flight [ours: fits common rate limits]")
-    runtime.add_argument("--timeout", type=float, default=180.0, help="seconds a call may take, wall clock [ours: 5 chains need 30]")
-    runtime.add_argument("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="dollars per million tokens [ours: prices change]")
-    runtime.add_argument("--budget", type=float, help="stop before so many dollars, earlier runs on this output included [ours: no limit]")
-    runtime.add_argument("--batch", choices=("submit", "collect"), help="Batch API: give its own --price [ours: half the price]")
+    model.add_argument(
+        "--base-url", help="OpenAI-compatible server [ours: default OPENAI_BASE_URL, else OpenAI]"
+    )
+    model.add_argument(
+        "--temperature", type=float, help="sent only when given: newer models refuse it [upstream default]"
+    )
+    model.add_argument(
+        "--max-tokens", type=int, help="sent as max_tokens, only when given [upstream default]"
+    )
+    model.add_argument(
+        "--param",
+        action="append",
+        default=[],
+        metavar="NAME=JSON",
+        help="other request field, repeatable [ours]",
+    )
+    runtime.add_argument(
+        "--concurrency", type=int, default=16, help="calls in flight [ours: fits common rate limits]"
+    )
+    runtime.add_argument(
+        "--timeout",
+        type=float,
+        default=180.0,
+        help="seconds a call may take, wall clock [ours: 5 chains need 30]",
+    )
+    runtime.add_argument(
+        "--price",
+        type=float,
+        nargs=2,
+        metavar=("IN", "OUT"),
+        help="dollars per million tokens [ours: prices change]",
+    )
+    runtime.add_argument(
+        "--budget",
+        type=float,
+        help="stop before so many dollars, earlier runs on this output included [ours: no limit]",
+    )
+    runtime.add_argument(
+        "--batch",
+        choices=("submit", "collect"),
+        help="Batch API: give its own --price [ours: half the price]",
+    )
     runtime.add_argument("--limit", type=int, help="only the first so many examples [ours: to try things]")
-    runtime.add_argument("--dry-run", action="store_true", help="print calls, tokens and dollars, and ask nothing [ours: look first]")
+    runtime.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print calls, tokens and dollars, and ask nothing [ours: look first]",
+    )
 
 
 def request_params(args):
@@ -832,7 +1012,9 @@ class ChatClient:
     poll = float(os.environ.get("JMERE_POLL", "60"))  # seconds between two looks at a batch
     patience = 1800.0  # longest time without an answer because of 429 alone
 
-    def __init__(self, model, base_url=None, concurrency=16, timeout=180.0, price=None, budget=None, params=None):
+    def __init__(
+        self, model, base_url=None, concurrency=16, timeout=180.0, price=None, budget=None, params=None
+    ):
         if budget is not None and price is None:
             raise InputError("--budget needs --price IN OUT, dollars per million tokens of the model")
         for name, value in (("--concurrency", concurrency), ("--timeout", timeout), ("--budget", budget)):
@@ -840,7 +1022,12 @@ class ChatClient:
                 raise InputError(f"{name} {value}, expected more than 0")
         self.model, self.base_url, self.concurrency, self.timeout = model, base_url, concurrency, timeout
         self.price, self.budget, self.params = price, budget, params or {}
-        self.spent, self.calls, self.called, self.in_flight = 0.0, 0, 0.0, 0  # dollars in all; calls of this run, their dollars
+        self.spent, self.calls, self.called, self.in_flight = (
+            0.0,
+            0,
+            0.0,
+            0,
+        )  # dollars in all; calls of this run, their dollars
         self.open_at, self.rounds, self.limited_since = 0.0, 0, None  # the 429 gate, shared by all workers
         self.reason = None  # why the run stops
 
@@ -868,7 +1055,12 @@ class ChatClient:
             await http.close() if http is self.api else await http.aclose()
 
     def job(self, row, prompt, image=None, n=1):
-        stamp = {"model": self.model, "params": self.params, "prompt_hash": _hash(prompt), "image_hash": image and image_hash(image)}
+        stamp = {
+            "model": self.model,
+            "params": self.params,
+            "prompt_hash": _hash(prompt),
+            "image_hash": image and image_hash(image),
+        }
         return Job(row, prompt, image, n, stamp, _hash(json.dumps([row["id"], stamp], sort_keys=True)))
 
     def body(self, prompt, image, n):
@@ -885,7 +1077,11 @@ class ChatClient:
         self.stopping.set()
 
     def cost(self, usage):
-        return sum(usage[name] * price for name, price in zip(TOKENS, self.price)) / 1e6 if usage and self.price else 0.0
+        return (
+            sum(usage[name] * price for name, price in zip(TOKENS, self.price)) / 1e6
+            if usage and self.price
+            else 0.0
+        )
 
     async def afford(self, prior):
         """Wait until the budget holds another call beside those in flight. `prior`: dollars a call may take before any was paid."""
@@ -894,7 +1090,9 @@ class ChatClient:
             if self.spent + (self.in_flight + 1) * mean <= self.budget:
                 return
             if not self.in_flight:
-                raise Stopped(f"budget: ${self.spent:.4f} of ${self.budget:g} spent, the next call takes about ${mean:.4f}")
+                raise Stopped(
+                    f"budget: ${self.spent:.4f} of ${self.budget:g} spent, the next call takes about ${mean:.4f}"
+                )
             await self._sleep(0.05)
 
     async def chat(self, prompt, image=None, n=1):
@@ -927,7 +1125,11 @@ class ChatClient:
             await self._sleep(max(wait, min(_retry_after(headers) or 0.0, self.patience)))
 
     async def _post(self, body):
-        http = self.free.pop() if self.free else self.openai.DefaultAsyncHttpxClient(timeout=None, verify=self.tls)
+        http = (
+            self.free.pop()
+            if self.free
+            else self.openai.DefaultAsyncHttpxClient(timeout=None, verify=self.tls)
+        )
         try:
             return await http.post(self.url, content=body, headers=self.headers)
         finally:
@@ -941,12 +1143,18 @@ class ChatClient:
             error = body.get("error") if isinstance(body, dict) else None
             if status == 200 and not error:
                 return parse_reply(body, n), status, None
-            message, code, kind = [error.get(k) for k in ("message", "code", "type")] if isinstance(error, dict) else (error, None, None)
+            message, code, kind = (
+                [error.get(k) for k in ("message", "code", "type")]
+                if isinstance(error, dict)
+                else (error, None, None)
+            )
         except (ValueError, RecursionError) as error:
             fault = f"{status} that is no chat completion: {error}" if status == 200 else fault
         if status == 200:  # some servers put their errors into a 200
             status = code if isinstance(code, int) and code >= 400 else None
-        fault = " ".join(f"{status or ''} {message}".split() if message else fault.split()).replace(os.environ["OPENAI_API_KEY"], "…")[:300]
+        fault = " ".join(f"{status or ''} {message}".split() if message else fault.split()).replace(
+            os.environ["OPENAI_API_KEY"], "…"
+        )[:300]
         if "insufficient_quota" in (code, kind):
             raise Stopped(f"quota used up: {fault}")
         if status in FATAL:
@@ -971,7 +1179,9 @@ class ChatClient:
         if wait is None:
             wait = min(60.0, self.backoff * 2**self.rounds) * random.uniform(0.5, 1.0)
         if now + wait - self.limited_since > self.patience:
-            raise Stopped(f"rate limit: {fault}; the server asks to wait {wait:.0f} s more, {now - self.limited_since:.0f} s gone by")
+            raise Stopped(
+                f"rate limit: {fault}; the server asks to wait {wait:.0f} s more, {now - self.limited_since:.0f} s gone by"
+            )
         self.rounds += sent >= self.open_at  # the others in flight hit the same limit: one round
         self.open_at = max(self.open_at, now + wait)
 
@@ -980,7 +1190,10 @@ class ChatClient:
         for kind in ("requests", "tokens"):
             if headers.get(f"x-ratelimit-remaining-{kind}") == "0":
                 parts = re.findall(r"([\d.]+)(ms|[smhd]?)", headers.get(f"x-ratelimit-reset-{kind}", ""))
-                wait = sum(float(number) * {"ms": 0.001, "m": 60, "h": 3600, "d": 86400}.get(unit, 1) for number, unit in parts)
+                wait = sum(
+                    float(number) * {"ms": 0.001, "m": 60, "h": 3600, "d": 86400}.get(unit, 1)
+                    for number, unit in parts
+                )
                 self.open_at = max(self.open_at, time.monotonic() + min(wait, self.patience))
 
 
@@ -1002,7 +1215,11 @@ def parse_reply(body, n=1):
     try:
         choices = []
         for choice in body["choices"][:n]:
-            text, finish, refusal = choice["message"].get("content") or "", choice.get("finish_reason"), choice["message"].get("refusal")
+            text, finish, refusal = (
+                choice["message"].get("content") or "",
+                choice.get("finish_reason"),
+                choice["message"].get("refusal"),
+            )
             if isinstance(text, list):  # content in parts
                 text = "".join(part.get("text", "") for part in text)
             refused = refusal or len(text) < 300 and REFUSAL.match(text)
@@ -1055,13 +1272,17 @@ class AppendFile:
             self.handle = open(path, "a+b", buffering=0)  # noqa: SIM115, open as long as this object
             fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"{path}: another process writes to it (file lock): wait for it, or choose another --out") from None
+            raise InputError(
+                f"{path}: another process writes to it (file lock): wait for it, or choose another --out"
+            ) from None
         except OSError as error:
             raise InputError(f"{path}: cannot write ({error.strerror})") from None
         self._cut_torn_line()
         for number, row in read_jsonl(path):
             if "key" not in row:
-                raise InputError(f"{path}:{number}: missing 'key', so this tool did not write it: choose another --out")
+                raise InputError(
+                    f"{path}:{number}: missing 'key', so this tool did not write it: choose another --out"
+                )
             self.done[row["key"]] += 1
             for name in TOKENS if row["usage"] else ():
                 self.usage[name] += row["usage"][name] / row["usage"]["choices"]
@@ -1078,20 +1299,38 @@ class AppendFile:
 
     def append(self, rows):
         """One write a call: a kill leaves whole lines and at most one torn one."""
-        data = "".join(map(jsonl_line, rows)).encode(errors="replace")  # a server may send half a surrogate pair
+        data = "".join(map(jsonl_line, rows)).encode(
+            errors="replace"
+        )  # a server may send half a surrogate pair
         try:
             if self.handle.write(data) != len(data):
                 raise OSError(None, "disk full")
         except OSError as error:
-            raise Stopped(f"{self.path}: cannot write ({error.strerror}): make room; the same command goes on") from None
+            raise Stopped(
+                f"{self.path}: cannot write ({error.strerror}): make room; the same command goes on"
+            ) from None
 
     def add(self, client, job, reply, finish):
         """One row a choice still wanted, in one write."""
         cost, first = client.cost(reply.usage or estimate([job], 300)), self.done[job.key]
-        client.spent, client.called, client.calls = client.spent + cost, client.called + cost, client.calls + 1
-        told = {"model_answered": reply.model, "usage": reply.usage and {**reply.usage, "choices": len(reply.choices)}}
+        client.spent, client.called, client.calls = (
+            client.spent + cost,
+            client.called + cost,
+            client.calls + 1,
+        )
+        told = {
+            "model_answered": reply.model,
+            "usage": reply.usage and {**reply.usage, "choices": len(reply.choices)},
+        }
         rows = [
-            {**job.row, "candidate": k, "status": choice.status, "response": choice.text, **told, "finish_reason": choice.finish_reason}
+            {
+                **job.row,
+                "candidate": k,
+                "status": choice.status,
+                "response": choice.text,
+                **told,
+                "finish_reason": choice.finish_reason,
+            }
             for k, choice in enumerate(reply.choices[: job.n - first], first)
         ]
         self.append(finish({**row, **job.stamp, "key": job.key}) for row in rows)
@@ -1100,7 +1339,11 @@ class AppendFile:
     def fail(self, job, error):
         """A failed job goes to *.errors.jsonl, written anew by each run."""
         with open(self.path.with_suffix(".errors.jsonl"), "a", encoding="utf-8") as handle:
-            handle.write(jsonl_line({"id": job.row["id"], "status": "error", "error": str(error), **job.stamp, "key": job.key}))
+            handle.write(
+                jsonl_line(
+                    {"id": job.row["id"], "status": "error", "error": str(error), **job.stamp, "key": job.key}
+                )
+            )
 
     def __enter__(self):
         return self
@@ -1125,11 +1368,18 @@ def ask_all(client, jobs, out, finish=lambda row: row, batch=None):
         else:
             failed = asyncio.run(_ask_live(client, todo, out, finish)) if todo else 0
     except KeyboardInterrupt:
-        raise Stopped("interrupted: calls in flight are lost, batches go on; run the same command to go on") from None
+        raise Stopped(
+            "interrupted: calls in flight are lost, batches go on; run the same command to go on"
+        ) from None
     if client.reason:
-        raise Stopped(f"{client.reason}; {sum(out.done.values())} rows are in {out.path}, the same command goes on from there")
+        raise Stopped(
+            f"{client.reason}; {sum(out.done.values())} rows are in {out.path}, the same command goes on from there"
+        )
     if failed:
-        print(f"{failed} of {len(jobs)} calls failed, see {errors}; the same command asks them again", file=sys.stderr)
+        print(
+            f"{failed} of {len(jobs)} calls failed, see {errors}; the same command asks them again",
+            file=sys.stderr,
+        )
     return failed
 
 
@@ -1169,14 +1419,19 @@ async def _ask_live(client, todo, out, finish):
                 client.stop(str(stop))
                 return
             dollars = client.spent + client.called / tally.total() * (len(todo) - tally.total())
-            bar.set_postfix_str(f"ok {tally['ok']} failed {tally['failed']} ${client.spent:.2f} of ${dollars:.2f}", refresh=False)
+            bar.set_postfix_str(
+                f"ok {tally['ok']} failed {tally['failed']} ${client.spent:.2f} of ${dollars:.2f}",
+                refresh=False,
+            )
             bar.update()
 
     async with client:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, interrupt)
         await _announce(client)
-        with tqdm(total=len(todo), desc=out.path.name, unit="job", mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
+        with tqdm(
+            total=len(todo), desc=out.path.name, unit="job", mininterval=0.5 if sys.stderr.isatty() else 30
+        ) as bar:
             await asyncio.gather(*(work() for _ in range(min(client.concurrency, len(todo)))))
     return tally["failed"]
 
@@ -1193,8 +1448,16 @@ def _ask_batches(client, todo, out, finish, collect):
     import openai
 
     client.require_key()
-    api, state = openai.OpenAI(base_url=client.base_url, max_retries=client.tries), out.path.with_suffix(".batches.json")
-    batches, jobs, rounds, failed = json.loads(state.read_text()) if state.exists() else [], {job.key: job for job in todo}, Counter(), {}
+    api, state = (
+        openai.OpenAI(base_url=client.base_url, max_retries=client.tries),
+        out.path.with_suffix(".batches.json"),
+    )
+    batches, jobs, rounds, failed = (
+        json.loads(state.read_text()) if state.exists() else [],
+        {job.key: job for job in todo},
+        Counter(),
+        {},
+    )
 
     def fail(job, error):
         failed[job.key] = error
@@ -1212,16 +1475,30 @@ def _ask_batches(client, todo, out, finish, collect):
                 fail(job, f"{client.tries} batches gave no answer")
         missing = [job for job in missing if job.key not in failed]
         if client.budget and client.spent + client.cost(estimate(missing, 300)) > client.budget:
-            raise Stopped(f"budget: ${client.spent:.2f} of ${client.budget:g} spent, {len(missing)} requests do not fit")
+            raise Stopped(
+                f"budget: ${client.spent:.2f} of ${client.budget:g} spent, {len(missing)} requests do not fit"
+            )
         for chunk, keys in _batch_chunks(client, missing, out, fail):
-            batches.append({"file": api.files.create(file=("batch.jsonl", chunk), purpose="batch").id, "batch": None, "keys": keys})
+            batches.append(
+                {
+                    "file": api.files.create(file=("batch.jsonl", chunk), purpose="batch").id,
+                    "batch": None,
+                    "keys": keys,
+                }
+            )
             save()
         for batch in batches:
             if not batch["batch"]:
-                sent = [known.id for known in api.batches.list(limit=100) if known.input_file_id == batch["file"]]
+                sent = [
+                    known.id for known in api.batches.list(limit=100) if known.input_file_id == batch["file"]
+                ]
                 options = {"endpoint": "/v1/chat/completions", "completion_window": "24h"}
                 batch["batch"] = (
-                    sent[0] if sent else api.with_options(max_retries=0).batches.create(input_file_id=batch["file"], **options).id
+                    sent[0]
+                    if sent
+                    else api.with_options(max_retries=0)
+                    .batches.create(input_file_id=batch["file"], **options)
+                    .id
                 )
                 save()
 
@@ -1232,20 +1509,30 @@ def _ask_batches(client, todo, out, finish, collect):
             if job and out.done[job.key] < job.n:
                 try:
                     content = json.dumps(response.get("body") or {"error": line.get("error")})
-                    reply, *_ = client.verdict(response.get("status_code"), content, "no answer", job.n - out.done[job.key])
+                    reply, *_ = client.verdict(
+                        response.get("status_code"), content, "no answer", job.n - out.done[job.key]
+                    )
                     if reply:
                         out.add(client, job, reply, finish)
-                except (CallFailed, Stopped) as error:  # one line of a file that is paid for: the others count
+                except (
+                    CallFailed,
+                    Stopped,
+                ) as error:  # one line of a file that is paid for: the others count
                     fail(job, error)
 
     try:
         submit()
-        print(f"{sum(len(batch['keys']) for batch in batches)} requests in {len(batches)} batches, see {state}", file=sys.stderr)
+        print(
+            f"{sum(len(batch['keys']) for batch in batches)} requests in {len(batches)} batches, see {state}",
+            file=sys.stderr,
+        )
         while collect and batches:
             batch = api.batches.retrieve(batches[0]["batch"])
             if batch.status not in ("completed", "failed", "expired", "cancelled"):
                 counts = batch.request_counts
-                print(f"{batch.id}: {batch.status}, {counts.completed if counts else 0} done", file=sys.stderr)
+                print(
+                    f"{batch.id}: {batch.status}, {counts.completed if counts else 0} done", file=sys.stderr
+                )
                 time.sleep(client.poll)
                 continue
             read(batch.output_file_id)
@@ -1253,11 +1540,17 @@ def _ask_batches(client, todo, out, finish, collect):
             del batches[0]
             save()
             if batch.status == "failed":
-                faults = "; ".join(fault.message or "" for fault in (batch.errors and batch.errors.data) or ())
-                raise Stopped(f"batch {batch.id} refused: {faults}; the same command sends its requests again")
+                faults = "; ".join(
+                    fault.message or "" for fault in (batch.errors and batch.errors.data) or ()
+                )
+                raise Stopped(
+                    f"batch {batch.id} refused: {faults}; the same command sends its requests again"
+                )
             submit()
     except openai.OpenAIError as error:
-        raise Stopped(f"batch: {str(error)[:300]}; what was submitted is in {state}, the same command goes on") from None
+        raise Stopped(
+            f"batch: {str(error)[:300]}; what was submitted is in {state}, the same command goes on"
+        ) from None
     return len(failed)
 
 
@@ -1270,7 +1563,10 @@ def _batch_chunks(client, jobs, out, fail):
         except CallFailed as error:
             fail(job, error)
             continue
-        line = b'{"custom_id":"%b","method":"POST","url":"/v1/chat/completions","body":%b}\n' % (job.key.encode(), body)
+        line = b'{"custom_id":"%b","method":"POST","url":"/v1/chat/completions","body":%b}\n' % (
+            job.key.encode(),
+            body,
+        )
         if keys and (len(keys) >= BATCH_LIMITS[0] or chunk.tell() + len(line) > BATCH_LIMITS[1]):
             chunk.seek(0)
             yield chunk, keys
@@ -1295,7 +1591,10 @@ async def _announce(client):
 def estimate(jobs, completion_tokens):
     """Tokens jobs will take, roughly: 4 characters a token, an image as GPT-4o counts it, `completion_tokens` an answer."""
     prompt = sum(len(job.prompt) / 4 + image_tokens(job.image) for job in jobs)
-    return {"prompt_tokens": round(prompt), "completion_tokens": completion_tokens * sum(job.n for job in jobs)}
+    return {
+        "prompt_tokens": round(prompt),
+        "completion_tokens": completion_tokens * sum(job.n for job in jobs),
+    }
 
 
 def image_tokens(path):
@@ -1321,8 +1620,14 @@ def report(out, stages, reasons, stats, prompts, answers):
 
     stages: [(stage, candidates, examples)]; reasons: {why a candidate left: how many}; answers: the append-only files paid for.
     """
-    lines = [f"{'stage':<40}{'candidates':>11}{'examples':>10}", *(f"{stage:<40}{a:>11}{b:>10}" for stage, a, b in stages)]
-    lines += [f"  left: {reason:<32}{count:>11}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1])]
+    lines = [
+        f"{'stage':<40}{'candidates':>11}{'examples':>10}",
+        *(f"{stage:<40}{a:>11}{b:>10}" for stage, a, b in stages),
+    ]
+    lines += [
+        f"  left: {reason:<32}{count:>11}"
+        for reason, count in sorted(reasons.items(), key=lambda item: -item[1])
+    ]
     print("\n".join(lines))
     stats = {"funnel": stages, "left": reasons, **stats}
     write_atomic(Path(out).with_suffix(".stats.json"), json.dumps(stats, indent=1) + "\n")
@@ -1334,7 +1639,8 @@ def report(out, stages, reasons, stats, prompts, answers):
     card = [
         f"# {Path(out).name}\n\nMade by `{Path(sys.argv[0]).name}` on {time.strftime('%Y-%m-%d', time.gmtime())} (UTC).",
         f"## Counts\n\n```\n{chr(10).join(lines)}\n```",
-        "## Models\n\n" + "\n".join(f"- asked {asked}, answered {told}: {n} answers" for (asked, told), n in models.items()),
+        "## Models\n\n"
+        + "\n".join(f"- asked {asked}, answered {told}: {n} answers" for (asked, told), n in models.items()),
         f"## Settings and price\n\n```json\n{json.dumps({k: v for k, v in stats.items() if k not in ('funnel', 'left')}, indent=1)}\n```",
         *(f"## Prompt: {name}\n\n````\n{prompt}\n````" for name, prompt in prompts.items()),
         "## Versions\n\n" + ", ".join(f"{name} {version}" for name, version in versions.items()),

@@ -36,12 +36,28 @@ from safetensors import safe_open
 from torch.nn.functional import linear, pad, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_torchvision_available
 
-from common import DIRECT_PROMPT, REASON_PROMPT, InputError, Stopped, jsonl_line, load_image, parse_response, score, write_atomic
+from common import (
+    DIRECT_PROMPT,
+    REASON_PROMPT,
+    InputError,
+    Stopped,
+    jsonl_line,
+    load_image,
+    parse_response,
+    score,
+    write_atomic,
+)
 
 PROMPTS = {"reason": REASON_PROMPT, "direct": DIRECT_PROMPT}
 ARCHITECTURES = ("qwen2_5_vl", "llava")
@@ -92,7 +108,11 @@ class Ranks:
                 raise
             if not isinstance(error, (InputError, Stopped)):
                 traceback.print_exc()
-            fault = (str(error), 2) if isinstance(error, InputError) else (_first(f"{type(error).__name__}: {error}"), 3)
+            fault = (
+                (str(error), 2)
+                if isinstance(error, InputError)
+                else (_first(f"{type(error).__name__}: {error}"), 3)
+            )
         faults = self.gather(fault)
         rank = next((rank for rank, fault in enumerate(faults) if fault), None)
         if rank is None:
@@ -106,7 +126,10 @@ class Ranks:
 def setup(distributed=False):
     """Device and ranks as the launcher set them; plain `python` is one rank. distributed: make a process group even for one (DeepSpeed)."""
     cuda = torch.cuda.is_available()
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -114,7 +137,9 @@ def setup(distributed=False):
         with socket.socket() as probe:  # a free port, so that two runs on one machine do not meet
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
     if (world > 1 or distributed) and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     return Ranks(rank, world, device)
@@ -128,15 +153,23 @@ def load(name, dtype=torch.float32, device="cpu"):
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise InputError(f"--model {name}: not a model folder, nor a hub model that can be had from here ({_first(error)})") from None
+        raise InputError(
+            f"--model {name}: not a model folder, nor a hub model that can be had from here ({_first(error)})"
+        ) from None
     if config.model_type not in ARCHITECTURES:
-        raise InputError(f"--model {name}: is a {config.model_type} model, expected one of {', '.join(ARCHITECTURES)}")
+        raise InputError(
+            f"--model {name}: is a {config.model_type} model, expected one of {', '.join(ARCHITECTURES)}"
+        )
     try:
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, attn_implementation="sdpa").to(device)
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, attn_implementation="sdpa").to(
+            device
+        )
         processor = load_processor(name)
     except (OSError, ValueError) as error:
         raise InputError(f"--model {name}: cannot load ({_first(error)})") from None
-    model.model.language_model.config._attn_implementation = SHARED_PREFIX  # the decoder alone, not the vision tower
+    model.model.language_model.config._attn_implementation = (
+        SHARED_PREFIX  # the decoder alone, not the vision tower
+    )
     return model.requires_grad_(False).eval(), processor
 
 
@@ -147,12 +180,16 @@ def load_processor(name):
     from transformers import AutoImageProcessor, AutoTokenizer
     from transformers.models.qwen2_5_vl import processing_qwen2_5_vl
 
-    class Qwen2_5_VLProcessor(processing_qwen2_5_vl.Qwen2_5_VLProcessor):  # same name: it is written into saved files
+    class Qwen2_5_VLProcessor(
+        processing_qwen2_5_vl.Qwen2_5_VLProcessor
+    ):  # same name: it is written into saved files
         def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
             super().__init__(image_processor, tokenizer, None, chat_template=chat_template)
 
     tokenizer = AutoTokenizer.from_pretrained(name)
-    return Qwen2_5_VLProcessor(AutoImageProcessor.from_pretrained(name), tokenizer, chat_template=tokenizer.chat_template)
+    return Qwen2_5_VLProcessor(
+        AutoImageProcessor.from_pretrained(name), tokenizer, chat_template=tokenizer.chat_template
+    )
 
 
 def _first(error):
@@ -164,7 +201,9 @@ def _first(error):
 
 def add_lora(model, rank, alpha, dropout=0.0):
     """A fresh trainable LoRA on every linear layer of the language model [ours: the paper gives rank and alpha only]."""
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS, task_type="CAUSAL_LM"
+    )
     return check_lora(get_peft_model(model, config))
 
 
@@ -178,10 +217,14 @@ def load_adapter(model, folder, trainable=False, name="default"):
             model = PeftModel.from_pretrained(model, folder, adapter_name=name, is_trainable=trainable)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise InputError(f"--adapter {folder}: does not fit this --model ({_first(error)})") from None
-    with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as stored:  # PEFT only warns of keys that found no place
+    with safe_open(
+        Path(folder) / "adapter_model.safetensors", "pt"
+    ) as stored:  # PEFT only warns of keys that found no place
         missing = set(get_peft_model_state_dict(model, adapter_name=name)) ^ set(stored.keys())
     if missing:
-        raise InputError(f"--adapter {folder}: {len(missing)} tensors do not fit this --model, such as {sorted(missing)[0]}")
+        raise InputError(
+            f"--adapter {folder}: {len(missing)} tensors do not fit this --model, such as {sorted(missing)[0]}"
+        )
     return check_lora(model) if trainable else model
 
 
@@ -189,7 +232,9 @@ def check_lora(model):
     """The two silent failures of a LoRA run: nothing trains, or the wrong modules do."""
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trained or not all("lora_" in name and "language_model" in name for name in trained):
-        raise InputError(f"LoRA must train the language model only; trainable now: {trained[:3] or 'nothing'}")
+        raise InputError(
+            f"LoRA must train the language model only; trainable now: {trained[:3] or 'nothing'}"
+        )
     return model
 
 
@@ -209,7 +254,9 @@ def save_adapter(model, processor, folder, prompt):
     model.save_pretrained(fresh, selected_adapters=["default"])
     processor.save_pretrained(fresh)
     (fresh / "jmere.json").write_text(json.dumps({"prompt": prompt}) + "\n")
-    old = folder.with_name(f".{folder.name}.old")  # a kill between the two renames leaves this one; Run.resume puts it back
+    old = folder.with_name(
+        f".{folder.name}.old"
+    )  # a kill between the two renames leaves this one; Run.resume puts it back
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
@@ -222,7 +269,9 @@ def adapter_prompt(folder):
     folder = Path(folder)
     for name in ("adapter_config.json", "adapter_model.safetensors", "jmere.json"):
         if not (folder / name).is_file():
-            raise InputError(f"--adapter {folder}: no {name} in it; expected a best/ folder made by 03_sft.py or 04_grpo.py")
+            raise InputError(
+                f"--adapter {folder}: no {name} in it; expected a best/ folder made by 03_sft.py or 04_grpo.py"
+            )
     return json.loads((folder / "jmere.json").read_text())["prompt"]
 
 
@@ -233,7 +282,9 @@ def reference(model):
         with model.disable_adapter():
             yield
         return
-    model.base_model.set_adapter("reference", inference_mode=True)  # without inference_mode PEFT would make it trainable
+    model.base_model.set_adapter(
+        "reference", inference_mode=True
+    )  # without inference_mode PEFT would make it trainable
     try:
         yield
     finally:
@@ -248,7 +299,9 @@ class Prompt:
     """One prompt, image included, ready for the decoder. Computed once a step; sampling, reference and policy pass share it."""
 
     embeds: torch.Tensor  # [P, D] token embeddings with the image features in place, no graph: embeddings and vision tower are frozen
-    positions: torch.Tensor  # [3, P] (Qwen2.5-VL: time, height, width) or [1, P]; a response goes on at max + 1
+    positions: (
+        torch.Tensor
+    )  # [3, P] (Qwen2.5-VL: time, height, width) or [1, P]; a response goes on at max + 1
 
 
 def _base(model):
@@ -262,15 +315,23 @@ def encode(model, processor, items):
     inner, device = base.model, base.lm_head.weight.device
     prompts = []
     for text, image in items:
-        for token in processor.tokenizer.all_special_tokens:  # a tweet may spell one: it is text, not structure
+        for (
+            token
+        ) in processor.tokenizer.all_special_tokens:  # a tweet may spell one: it is text, not structure
             text = text.replace(token, f"{token[0]} {token[1:]}")
         content = [{"type": "image"}, {"type": "text", "text": text}]
-        chat = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
+        chat = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
         inputs = processor(text=[chat], images=[load_image(image)], return_tensors="pt").to(device)
         ids = inputs["input_ids"]  # [1, P]
         if "image_grid_thw" in inputs:
-            features = inner.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
-            positions = inner.get_rope_index(ids, inputs["mm_token_type_ids"], inputs["image_grid_thw"])[0][:, 0]  # [3, P]
+            features = inner.get_image_features(
+                inputs["pixel_values"], inputs["image_grid_thw"]
+            ).pooler_output
+            positions = inner.get_rope_index(ids, inputs["mm_token_type_ids"], inputs["image_grid_thw"])[0][
+                :, 0
+            ]  # [3, P]
         else:
             features = inner.get_image_features(inputs["pixel_values"].to(base.dtype)).pooler_output
             positions = torch.arange(ids.shape[1], device=device)[None]  # [1, P]
@@ -298,13 +359,21 @@ def stop_ids(model, processor):
 def image_ids(model):
     """Ids that stand for pictures: a response that held one would break the next forward pass."""
     config = _base(model).config
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id")
+    names = (
+        "image_token_id",
+        "video_token_id",
+        "vision_start_token_id",
+        "vision_end_token_id",
+        "vision_token_id",
+    )
     return sorted({getattr(config, name) for name in names if getattr(config, name, None) is not None})
 
 
 def _positions(prompt, length):
     """[3 or 1, length]: positions of a response's tokens."""
-    return (prompt.positions.max() + 1 + torch.arange(length, device=prompt.positions.device)).expand(len(prompt.positions), -1)
+    return (prompt.positions.max() + 1 + torch.arange(length, device=prompt.positions.device)).expand(
+        len(prompt.positions), -1
+    )
 
 
 def _as_rope(positions):
@@ -334,7 +403,9 @@ class Packed:
 
     def __init__(self, groups, keep=False):
         self.groups = groups  # [(P, [C1 … CG])]
-        self.kept = [] if keep else None  # (keys, values) [1, Hkv, L, d] of each layer: what decoding goes on from
+        self.kept = (
+            [] if keep else None
+        )  # (keys, values) [1, Hkv, L, d] of each layer: what decoding goes on from
         self.masks = {}
 
     def __call__(self, layer, query, key, value):
@@ -345,12 +416,21 @@ class Packed:
         for size, lengths in self.groups:
             prefix = slice(start, start + size)
             prefix_key, prefix_value = key[:, :, prefix], value[:, :, prefix]
-            outputs.append(scaled_dot_product_attention(query[:, :, prefix], prefix_key, prefix_value, is_causal=True, enable_gqa=True))
+            outputs.append(
+                scaled_dot_product_attention(
+                    query[:, :, prefix], prefix_key, prefix_value, is_causal=True, enable_gqa=True
+                )
+            )
             start += size
             for length in lengths:
                 own = slice(start, start + length)
-                q = query[:, :, own].unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # [1, Hkv, H/Hkv·C, d]: keys are not repeated a head
-                k, v = torch.cat([prefix_key, key[:, :, own]], 2), torch.cat([prefix_value, value[:, :, own]], 2)  # [1, Hkv, P + C, d]
+                q = (
+                    query[:, :, own].unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+                )  # [1, Hkv, H/Hkv·C, d]: keys are not repeated a head
+                k, v = (
+                    torch.cat([prefix_key, key[:, :, own]], 2),
+                    torch.cat([prefix_value, value[:, :, own]], 2),
+                )  # [1, Hkv, P + C, d]
                 out = scaled_dot_product_attention(q, k, v, attn_mask=self._mask(size, length, q))
                 outputs.append(out.unflatten(2, (-1, length)).flatten(1, 2))  # [1, H, C, d]
                 start += length
@@ -375,14 +455,25 @@ class Decoding:
 
     def __init__(self, kept, sizes, n, static=False):
         def by_prompt(x):  # [1, Hkv, ΣP, d] → [B, Hkv, P, d]
-            return pad_sequence([part.transpose(0, 1) for part in x[0].split(sizes, 1)], batch_first=True).transpose(1, 2)
+            return pad_sequence(
+                [part.transpose(0, 1) for part in x[0].split(sizes, 1)], batch_first=True
+            ).transpose(1, 2)
 
-        self.prefix = [torch.stack([by_prompt(key), by_prompt(value)]) for key, value in kept]  # a layer: [2, B, Hkv, P, d]
+        self.prefix = [
+            torch.stack([by_prompt(key), by_prompt(value)]) for key, value in kept
+        ]  # a layer: [2, B, Hkv, P, d]
         device = kept[0][0].device
-        self.hole = torch.arange(max(sizes), device=device) >= torch.tensor(sizes, device=device)[:, None]  # [B, P]
-        self.own = [p.new_empty(2, len(sizes) * n, p.shape[2], 0, p.shape[4]) for p in self.prefix]  # a layer: [2, N, Hkv, C, d]
+        self.hole = (
+            torch.arange(max(sizes), device=device) >= torch.tensor(sizes, device=device)[:, None]
+        )  # [B, P]
+        self.own = [
+            p.new_empty(2, len(sizes) * n, p.shape[2], 0, p.shape[4]) for p in self.prefix
+        ]  # a layer: [2, N, Hkv, C, d]
         self.grow, self.static, self.step = self.GROW[static], static, -1
-        self.at, self.places = torch.full((1,), -1, device=device), None  # static: the token's place, and all places
+        self.at, self.places = (
+            torch.full((1,), -1, device=device),
+            None,
+        )  # static: the token's place, and all places
         self._arrange(torch.arange(len(sizes), device=device).repeat_interleave(n))
 
     def _arrange(self, owner):
@@ -419,11 +510,15 @@ class Decoding:
 
     def __call__(self, layer, query, key, value):
         """query [N, H, 1, d], key and value [N, Hkv, 1, d] → [N, H, 1, d]"""
-        own_key, own_value = self.own[layer].index_copy_(3, self.at, torch.stack([key, value]))  # [N, Hkv, C, d]
+        own_key, own_value = self.own[layer].index_copy_(
+            3, self.at, torch.stack([key, value])
+        )  # [N, Hkv, C, d]
         if not self.static:
             own_key, own_value = own_key[:, :, : self.step + 1], own_value[:, :, : self.step + 1]
         prefix_key, prefix_value = self.prefix[layer]  # [B, Hkv, P, d]
-        query = query.unflatten(1, (key.shape[1], -1))[:, :, :, 0] * query.shape[-1] ** -0.5  # [N, Hkv, H/Hkv, d]
+        query = (
+            query.unflatten(1, (key.shape[1], -1))[:, :, :, 0] * query.shape[-1] ** -0.5
+        )  # [N, Hkv, H/Hkv, d]
         shared = self._spread(query) @ prefix_key.transpose(2, 3)  # [B, Hkv, width·H/Hkv, P]
         shared = self._collect(shared.masked_fill(self.hole[:, None, None], -torch.inf))  # [N, Hkv, H/Hkv, P]
         own = query @ own_key.transpose(2, 3)  # [N, Hkv, H/Hkv, C]
@@ -437,10 +532,16 @@ class Decoding:
 def _decoder(base, embeds, positions, layout):
     """[N, L, D], [N, 3 or 1, L] → last hidden state [N, L, D] under a layout's attention."""
     decoder = base.model.language_model
-    assert decoder.config._attn_implementation == SHARED_PREFIX, "the layout would be ignored: load the model with vlm.load"
+    assert decoder.config._attn_implementation == SHARED_PREFIX, (
+        "the layout would be ignored: load the model with vlm.load"
+    )
     unused = embeds.new_zeros(1, 1, 1, 1)  # a mask of four dimensions: transformers builds none
     return decoder(
-        inputs_embeds=embeds, attention_mask=unused, position_ids=_as_rope(positions), use_cache=False, layout=layout
+        inputs_embeds=embeds,
+        attention_mask=unused,
+        position_ids=_as_rope(positions),
+        use_cache=False,
+        layout=layout,
     ).last_hidden_state
 
 
@@ -457,8 +558,14 @@ class GraphedToken:
 
     def __call__(self, base, cache, tokens, position):
         if self.shape != (shape := (len(tokens), cache.own[0].shape[3])):
-            self.shape, self.graph, self.inputs = shape, torch.cuda.CUDAGraph(), (tokens.clone(), position.clone())
-            with torch.cuda.stream(side := torch.cuda.Stream()):  # a run before the capture, as CUDA graphs ask for
+            self.shape, self.graph, self.inputs = (
+                shape,
+                torch.cuda.CUDAGraph(),
+                (tokens.clone(), position.clone()),
+            )
+            with torch.cuda.stream(
+                side := torch.cuda.Stream()
+            ):  # a run before the capture, as CUDA graphs ask for
                 side.wait_stream(torch.cuda.default_stream())
                 _token(base, cache, *self.inputs)
             torch.cuda.current_stream().wait_stream(side)
@@ -498,13 +605,19 @@ def _folded(model):
         modules = [*base.model.language_model.named_modules(), ("lm_head", base.lm_head)]
         loras = [(name, module) for name, module in modules if isinstance(module, LoraLayer)]
         inside = tuple(f"{name}." for name, _ in loras)
-        linears = [(name, module) for name, module in modules if isinstance(module, torch.nn.Linear) and not name.startswith(inside)]
+        linears = [
+            (name, module)
+            for name, module in modules
+            if isinstance(module, torch.nn.Linear) and not name.startswith(inside)
+        ]
         for _, module in loras + linears:
             plain = module.get_base_layer() if isinstance(module, LoraLayer) else module
             weight = plain.weight
             if isinstance(module, LoraLayer) and not module.disable_adapters:
                 weight = sum((module.get_delta_weight(name) for name in module.active_adapters), weight)
-            module.forward = functools.partial(linear, weight=weight.t().contiguous().t(), bias=plain.bias)  # laid out [in, out]
+            module.forward = functools.partial(
+                linear, weight=weight.t().contiguous().t(), bias=plain.bias
+            )  # laid out [in, out]
             folded.append(module)
     try:
         yield
@@ -514,7 +627,9 @@ def _folded(model):
 
 
 @torch.no_grad()
-def sample(model, processor, prompts, n, max_new_tokens, temperature, top_p=1.0, keys=None, part=None, static=False):
+def sample(
+    model, processor, prompts, n, max_new_tokens, temperature, top_p=1.0, keys=None, part=None, static=False
+):
     """n responses to each Prompt → list (a prompt) of lists of Sample. Prefills each prompt once.
 
     part: (first, last) of the n responses, where all of them would not fit: only these are drawn, and they are the same.
@@ -528,7 +643,11 @@ def sample(model, processor, prompts, n, max_new_tokens, temperature, top_p=1.0,
     device = base.lm_head.weight.device
     stops, images = torch.tensor(stop_ids(model, processor), device=device), image_ids(model)
     draws, (start, end) = keys or range(len(prompts)), part or (0, n)
-    noise = torch.cat([uniforms(n, max_new_tokens, key)[start:end] for key in draws]).to(device) if temperature else None
+    noise = (
+        torch.cat([uniforms(n, max_new_tokens, key)[start:end] for key in draws]).to(device)
+        if temperature
+        else None
+    )
     n = end - start
 
     with _folded(model):
@@ -543,7 +662,9 @@ def sample(model, processor, prompts, n, max_new_tokens, temperature, top_p=1.0,
         del layout
 
         # 2. Decode all N = B·n rows together; rows that are done leave the batch.
-        first = torch.stack([p.positions.max() + 1 for p in prompts]).repeat_interleave(n)  # [N] position of the first response token
+        first = torch.stack([p.positions.max() + 1 for p in prompts]).repeat_interleave(
+            n
+        )  # [N] position of the first response token
         rows, drawn = torch.arange(len(first), device=device), [[] for _ in range(len(first))]
         going = torch.ones_like(rows, dtype=torch.bool)
         for step in range(max_new_tokens):
@@ -577,11 +698,23 @@ def _draw(logits, temperature, top_p, noise):
         ordered[ordered.cumsum(-1) - ordered >= top_p] = 0  # the token that crosses top_p stays
         probs = torch.zeros_like(probs).scatter_(-1, index, ordered)
     cdf = probs.cumsum(-1)
-    return torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    return torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(
+        max=logits.shape[-1] - 1
+    )
 
 
 def generate(
-    model, processor, items, n=1, max_new_tokens=2048, temperature=0.8, top_p=1.0, keys=None, batch_rows=64, progress=None, static=False
+    model,
+    processor,
+    items,
+    n=1,
+    max_new_tokens=2048,
+    temperature=0.8,
+    top_p=1.0,
+    keys=None,
+    batch_rows=64,
+    progress=None,
+    static=False,
 ):
     """sample() for any number of (prompt text, image path): longest prompts first, at most `batch_rows` rows at once. In order of items."""
     keys = list(keys) if keys is not None else list(range(len(items)))
@@ -590,9 +723,22 @@ def generate(
     for start in range(0, len(order), size):
         chunk = order[start : start + size]
         prompts = encode(model, processor, [items[i] for i in chunk])
-        for first in range(0, n, batch_rows):  # more than one part only where a single prompt has more responses than fit
+        for first in range(
+            0, n, batch_rows
+        ):  # more than one part only where a single prompt has more responses than fit
             part = first, min(first + batch_rows, n)
-            groups = sample(model, processor, prompts, n, max_new_tokens, temperature, top_p, [keys[i] for i in chunk], part, static)
+            groups = sample(
+                model,
+                processor,
+                prompts,
+                n,
+                max_new_tokens,
+                temperature,
+                top_p,
+                [keys[i] for i in chunk],
+                part,
+                static,
+            )
             for i, samples in zip(chunk, groups):
                 results[i] = (results[i] or []) + samples
         if progress is not None:
@@ -611,12 +757,16 @@ def completion_logps(model, prompts, completions, temperature=1.0, shared_prefix
     → logps [N, C], entropy [N, C] (no graph), mask [N, C]; N rows in the order of completions; fp32, at the sampling temperature.
     """
     base = _base(model)
-    responses = [torch.tensor(ids, device=base.lm_head.weight.device) for group in completions for ids in group]
+    responses = [
+        torch.tensor(ids, device=base.lm_head.weight.device) for group in completions for ids in group
+    ]
     hidden = (_hidden_shared if shared_prefix else _hidden_plain)(base, prompts, completions)  # [T, D]
     logps, entropy = TokenLogps.apply(hidden, base.lm_head.weight, torch.cat(responses), temperature)  # [T]
     parts = (logps, entropy, torch.ones_like(logps, dtype=torch.bool))
     lengths = [len(ids) for ids in responses]
-    return tuple(pad_sequence(flat.split(lengths), batch_first=True) for flat in parts)  # [T] → [N, C], False and 0 behind each response
+    return tuple(
+        pad_sequence(flat.split(lengths), batch_first=True) for flat in parts
+    )  # [T] → [N, C], False and 0 behind each response
 
 
 def _hidden_shared(base, prompts, completions):
@@ -624,15 +774,22 @@ def _hidden_shared(base, prompts, completions):
     device, lookup = base.lm_head.weight.device, base.get_input_embeddings()
     embeds, positions, index, groups, start = [], [], [], [], 0
     for prompt, group in zip(prompts, completions, strict=True):
-        embeds += [prompt.embeds, lookup(torch.tensor([i for ids in group for i in ids], device=device)).detach()]
+        embeds += [
+            prompt.embeds,
+            lookup(torch.tensor([i for ids in group for i in ids], device=device)).detach(),
+        ]
         positions += [prompt.positions, *(_positions(prompt, len(ids)) for ids in group)]
         groups.append((len(prompt.embeds), [len(ids) for ids in group]))
-        last = start + len(prompt.embeds) - 1  # the prompt's last position predicts every response's first token
+        last = (
+            start + len(prompt.embeds) - 1
+        )  # the prompt's last position predicts every response's first token
         start = last + 1
         for ids in group:
             index += [last, *range(start, start + len(ids) - 1)]
             start += len(ids)
-    hidden = _decoder(base, torch.cat(embeds)[None], torch.cat(positions, 1)[None], Packed(groups))[0]  # [L, D]
+    hidden = _decoder(base, torch.cat(embeds)[None], torch.cat(positions, 1)[None], Packed(groups))[
+        0
+    ]  # [L, D]
     return hidden[torch.tensor(index, device=device)]
 
 
@@ -643,12 +800,17 @@ def _hidden_plain(base, prompts, completions):
     longest = max(len(prompt.embeds) + len(ids) for prompt, ids in pairs)
     embeds, positions, mask, index = [], [], [], []
     for row, (prompt, ids) in enumerate(pairs):
-        size, response = len(prompt.embeds), base.get_input_embeddings()(torch.tensor(ids, device=device)).detach()
+        size, response = (
+            len(prompt.embeds),
+            base.get_input_embeddings()(torch.tensor(ids, device=device)).detach(),
+        )
         short = longest - size - len(ids)
         embeds.append(pad(torch.cat([prompt.embeds, response]), (0, 0, 0, short)))
         positions.append(pad(torch.cat([prompt.positions, _positions(prompt, len(ids))], 1), (0, short)))
         mask.append([1] * (size + len(ids)) + [0] * short)
-        index.append(row * longest + torch.arange(size - 1, size + len(ids) - 1, device=device))  # the position that predicts each token
+        index.append(
+            row * longest + torch.arange(size - 1, size + len(ids) - 1, device=device)
+        )  # the position that predicts each token
     hidden = base.model.language_model(
         inputs_embeds=torch.stack(embeds),
         attention_mask=torch.tensor(mask, device=device),
@@ -676,7 +838,9 @@ class TokenLogps(torch.autograd.Function):
         logps, entropy, slopes = [], [], []
         for states, ids in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK)):
             logits = linear(states, weight).float().div_(temperature)  # [chunk, V]
-            logits -= logits.logsumexp(-1, keepdim=True)  # in place, and no elementwise product below: two [chunk, V] at once
+            logits -= logits.logsumexp(
+                -1, keepdim=True
+            )  # in place, and no elementwise product below: two [chunk, V] at once
             logps.append(logits.gather(-1, ids[:, None])[:, 0])
             probs = logits.exp()
             entropy.append(-torch.bmm(probs[:, None], logits[:, :, None])[:, 0, 0])
@@ -700,44 +864,90 @@ class TokenLogps(torch.autograd.Function):
 def add_training_arguments(parser, epochs, lr, warmup_ratio, schedule, provenance):
     """The arguments that 03 and 04 share, in the order of every script; `provenance` tells where their defaults come from."""
     group = parser.add_argument_group("validation")
-    group.add_argument("--val", help="validation examples in any of the three formats; absent: best/ is the last state [paper App. A]")
     group.add_argument(
-        "--eval-every", type=float, default=1.0, help="epochs between validations [ours: the paper keeps the best checkpoint]"
+        "--val",
+        help="validation examples in any of the three formats; absent: best/ is the last state [paper App. A]",
     )
-    group.add_argument("--patience", type=int, help="stop after this many validations in succession without a better F1 [ours: never]")
+    group.add_argument(
+        "--eval-every",
+        type=float,
+        default=1.0,
+        help="epochs between validations [ours: the paper keeps the best checkpoint]",
+    )
+    group.add_argument(
+        "--patience",
+        type=int,
+        help="stop after this many validations in succession without a better F1 [ours: never]",
+    )
     group.add_argument("--eval-limit", type=int, help="validate on the first N examples [ours: all]")
     group.add_argument("--max-new-tokens", type=int, default=2048, help="longest response [paper §4]")
-    group.add_argument("--eval-rows", type=int, default=64, help="responses decoded together in validation [ours: fits 48 GB]")
+    group.add_argument(
+        "--eval-rows",
+        type=int,
+        default=64,
+        help="responses decoded together in validation [ours: fits 48 GB]",
+    )
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=float, default=epochs, help=f"passes over --data [{provenance}]")
     group.add_argument("--lr", type=float, default=lr, help=f"peak learning rate of AdamW [{provenance}]")
-    group.add_argument("--warmup-ratio", type=float, default=warmup_ratio, help=f"share of the steps spent warming up [{provenance}]")
     group.add_argument(
-        "--schedule", choices=("cosine", "linear", "constant"), default=schedule, help="after the warm-up [ours: not in the paper]"
+        "--warmup-ratio",
+        type=float,
+        default=warmup_ratio,
+        help=f"share of the steps spent warming up [{provenance}]",
+    )
+    group.add_argument(
+        "--schedule",
+        choices=("cosine", "linear", "constant"),
+        default=schedule,
+        help="after the warm-up [ours: not in the paper]",
     )
     group.add_argument("--weight-decay", type=float, default=0.0, help="of AdamW [upstream default]")
-    group.add_argument("--clip", type=float, default=1.0, help="largest gradient norm; 0 clips nothing [upstream default]")
-    group.add_argument("--batch-size", type=int, default=2, help="prompts a rank and step, or micro-step [paper App. A]")
     group.add_argument(
-        "--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=False, help="trade time for memory [ours: off]"
+        "--clip", type=float, default=1.0, help="largest gradient norm; 0 clips nothing [upstream default]"
+    )
+    group.add_argument(
+        "--batch-size", type=int, default=2, help="prompts a rank and step, or micro-step [paper App. A]"
+    )
+    group.add_argument(
+        "--gradient-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="trade time for memory [ours: off]",
     )
     group = parser.add_argument_group("logging and checkpoints")
     group.add_argument(
-        "--save-every", type=int, default=50, help="steps between two states of OUT/last [ours: minutes, not hours, are lost]"
+        "--save-every",
+        type=int,
+        default=50,
+        help="steps between two states of OUT/last [ours: minutes, not hours, are lost]",
     )
     group.add_argument(
-        "--stop-after", type=int, help="stop, saved, after this step of the schedule; the same command goes on [ours: for tests]"
+        "--stop-after",
+        type=int,
+        help="stop, saved, after this step of the schedule; the same command goes on [ours: for tests]",
     )
-    group.add_argument("--fresh", action="store_true", help="delete what OUT holds of an earlier run [ours: off, a run goes on]")
+    group.add_argument(
+        "--fresh",
+        action="store_true",
+        help="delete what OUT holds of an earlier run [ours: off, a run goes on]",
+    )
     group = parser.add_argument_group("runtime")
     group.add_argument("--seed", type=int, default=0, help="of data order, LoRA and sampling [ours: 0]")
     group.add_argument(
-        "--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: as ds_zero2.json says on a GPU, fp32 on CPU [ours]"
+        "--dtype",
+        choices=("auto", "bf16", "fp32"),
+        default="auto",
+        help="auto: as ds_zero2.json says on a GPU, fp32 on CPU [ours]",
     )
     group.add_argument(
-        "--ds-config", default=str(Path(__file__).with_name("ds_zero2.json")), help="DeepSpeed's settings [paper App. A: ZeRO-2]"
+        "--ds-config",
+        default=str(Path(__file__).with_name("ds_zero2.json")),
+        help="DeepSpeed's settings [paper App. A: ZeRO-2]",
     )
-    group.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="set by the deepspeed launcher")
+    group.add_argument(
+        "--local_rank", "--local-rank", type=int, default=-1, help="set by the deepspeed launcher"
+    )
 
 
 def read_ds_config(args, ranks):
@@ -747,7 +957,9 @@ def read_ds_config(args, ranks):
     except (OSError, ValueError) as error:
         raise InputError(f"--ds-config {args.ds_config}: {_first(error)}") from None
     if "auto" in json.dumps(config):
-        raise InputError(f'--ds-config {args.ds_config}: holds "auto", which only the HF Trainer fills in: write the value')
+        raise InputError(
+            f'--ds-config {args.ds_config}: holds "auto", which only the HF Trainer fills in: write the value'
+        )
     wanted = config.get("bf16", {}).get("enabled", False) and ranks.device.type == "cuda"
     bf16 = wanted if args.dtype == "auto" else args.dtype == "bf16"
     return config | {"bf16": {"enabled": bf16}}, DTYPES["bf16" if bf16 else "fp32"]
@@ -761,24 +973,42 @@ def make_engine(model, args, config, micro_steps):
         "train_micro_batch_size_per_gpu": args.batch_size,
         "gradient_accumulation_steps": micro_steps,
         "gradient_clipping": args.clip,  # absent, DeepSpeed clips at 1.0 silently
-        "optimizer": {"type": "AdamW", "params": {"lr": args.lr, "weight_decay": args.weight_decay, "torch_adam": True}},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": args.lr, "weight_decay": args.weight_decay, "torch_adam": True},
+        },
         "steps_per_print": 10**9,
     }
-    for name in ("tensorboard", "csv_monitor"):  # DeepSpeed's own default is a folder below the working directory
+    for name in (
+        "tensorboard",
+        "csv_monitor",
+    ):  # DeepSpeed's own default is a folder below the working directory
         if config.get(name, {}).get("enabled"):
             config[name] = {"output_path": str(Path(args.out) / "monitor"), "job_name": name} | config[name]
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainable = [parameter for parameter in check_lora(model).parameters() if parameter.requires_grad]
-    engine = deepspeed.initialize(model=model, model_parameters=trainable, config=config, dist_init_required=False)[0]
+    engine = deepspeed.initialize(
+        model=model, model_parameters=trainable, config=config, dist_init_required=False
+    )[0]
     # DeepSpeed's own exclude_frozen_parameters keeps one of two tied weights: the whole head in every checkpoint
-    engine.module_state_dict = lambda **_: {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+    engine.module_state_dict = lambda **_: {
+        name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad
+    }
     return engine
 
 
 def check_arguments(args, rows=None, examples=None):
     """Numbers that would fail, or mean something else, hours later. rows: of one update, over all ranks. Raises InputError."""
-    least = {"batch_size": 1, "grad_accum": 1, "save_every": 1, "max_new_tokens": 1, "eval_rows": 1, "patience": 1, "group_size": 2}
+    least = {
+        "batch_size": 1,
+        "grad_accum": 1,
+        "save_every": 1,
+        "max_new_tokens": 1,
+        "eval_rows": 1,
+        "patience": 1,
+        "group_size": 2,
+    }
     least |= {
         "lora_rank": 1,
         "limit": 1,
@@ -799,12 +1029,16 @@ def check_arguments(args, rows=None, examples=None):
     if args.patience and not args.val:
         raise InputError("--patience needs --val: without a validation F1 nothing can stop improving")
     if rows and rows > examples:
-        raise InputError(f"one update takes {rows} rows over all ranks, --data has {examples}: lower --batch-size or --grad-accum")
+        raise InputError(
+            f"one update takes {rows} rows over all ranks, --data has {examples}: lower --batch-size or --grad-accum"
+        )
 
 
 def seed_step(seed, step, rank):
     """What still draws from torch's own generator in a step (LoRA dropout) depends on (seed, step, rank) alone."""
-    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()[:8], "big") >> 1)
+    torch.manual_seed(
+        int.from_bytes(hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()[:8], "big") >> 1
+    )
 
 
 def lr_at(step, total, args):
@@ -813,7 +1047,10 @@ def lr_at(step, total, args):
     if step < warmup:
         return args.lr * (step + 1) / warmup
     done = (step - warmup) / max(1, total - warmup)
-    return args.lr * {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[args.schedule]
+    return (
+        args.lr
+        * {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[args.schedule]
+    )
 
 
 def batch_indices(n, size, step, seed):
@@ -861,8 +1098,20 @@ class Run:
     LOGS = ("metrics.jsonl", "samples.jsonl")
 
     def __init__(self, args, ranks):
-        self.out, self.args, self.ranks, self.stopping, self.changed = Path(args.out), args, ranks, False, False
-        self.state = {"step": 0, "best": -1.0, "best_step": None, "worse": 0, "ended": False}  # worse: validations since the best
+        self.out, self.args, self.ranks, self.stopping, self.changed = (
+            Path(args.out),
+            args,
+            ranks,
+            False,
+            False,
+        )
+        self.state = {
+            "step": 0,
+            "best": -1.0,
+            "best_step": None,
+            "worse": 0,
+            "ended": False,
+        }  # worse: validations since the best
         with ranks.together():
             if ranks.main:
                 self._open()
@@ -884,23 +1133,38 @@ class Run:
         except OSError as error:
             raise InputError(f"--out {self.out}: cannot write there ({error.strerror})") from None
         self.lock.truncate(0)
-        self.lock.write(f"{os.getpid()}\n")  # kill -TERM $(cat OUT/.lock) stops all ranks after the step they are in
+        self.lock.write(
+            f"{os.getpid()}\n"
+        )  # kill -TERM $(cat OUT/.lock) stops all ranks after the step they are in
         self.lock.flush()
         if self.args.fresh:
             for path in self.out.iterdir():
-                if path.name.startswith(".step-") or path.name in ("best", "last", "validation", "monitor", "config.json", *self.LOGS):
+                if path.name.startswith(".step-") or path.name in (
+                    "best",
+                    "last",
+                    "validation",
+                    "monitor",
+                    "config.json",
+                    *self.LOGS,
+                ):
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         self.config = {"script": Path(sys.argv[0]).name, "world": self.ranks.world}
         self.config |= {name: value for name, value in vars(self.args).items() if name not in self.FREE}
         self.config |= _hashes(self.args)
         known = self.out / "config.json"
-        if not known.exists() or not any((self.out / name).exists() for name in ("last", "best", "metrics.jsonl")):
+        if not known.exists() or not any(
+            (self.out / name).exists() for name in ("last", "best", "metrics.jsonl")
+        ):
             return  # a start that failed before its first step protects nothing
         try:
             old = json.loads(known.read_text())
         except ValueError:
             raise InputError(f"{known}: not JSON: mend it, or start anew with --fresh") from None
-        changed = [f"{name} {old.get(name)!r} → {value!r}" for name, value in self.config.items() if old.get(name) != value]
+        changed = [
+            f"{name} {old.get(name)!r} → {value!r}"
+            for name, value in self.config.items()
+            if old.get(name) != value
+        ]
         if changed:
             raise InputError(
                 f"--out {self.out}: holds a run with other arguments ({'; '.join(changed)}): choose another folder, or --fresh"
@@ -924,11 +1188,18 @@ class Run:
             if self.ranks.main:
                 self._check_space(engine.module)
                 self._sweep()
-                write_atomic(self.out / "config.json", json.dumps({**self.config, "versions": versions()}, indent=1) + "\n")
-        folder = self.ranks.gather(last.resolve().name if last.exists() else None)[0]  # KEEP: rank 0 decides, file systems lag
+                write_atomic(
+                    self.out / "config.json",
+                    json.dumps({**self.config, "versions": versions()}, indent=1) + "\n",
+                )
+        folder = self.ranks.gather(last.resolve().name if last.exists() else None)[
+            0
+        ]  # KEEP: rank 0 decides, file systems lag
         if folder:
             _, saved = engine.load_checkpoint(str(self.out), tag=folder, load_module_strict=False)
-            self.state = {name: saved[name] for name in self.state}  # DeepSpeed adds keys of its own, which it then refuses to save
+            self.state = {
+                name: saved[name] for name in self.state
+            }  # DeepSpeed adds keys of its own, which it then refuses to save
             if self.ranks.main:
                 print(f"going on from step {self.state['step']} of {last}", flush=True)
         if self.ranks.main:
@@ -941,9 +1212,14 @@ class Run:
     def _check_space(self, model):
         """Two states (the old one goes when the new one is whole) and two adapters must fit: weights, fp32 master, two moments."""
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        need, free = 2 * trainable * (4 + 4 + 4 + 4) + 2 * trainable * 4 + 2**24, shutil.disk_usage(self.out).free
+        need, free = (
+            2 * trainable * (4 + 4 + 4 + 4) + 2 * trainable * 4 + 2**24,
+            shutil.disk_usage(self.out).free,
+        )
         if free < need:
-            raise InputError(f"--out {self.out}: {free / 2**20:.0f} MiB free, the states of this run take {need / 2**20:.0f}: make room")
+            raise InputError(
+                f"--out {self.out}: {free / 2**20:.0f} MiB free, the states of this run take {need / 2**20:.0f}: make room"
+            )
 
     def _sweep(self):
         """What a kill left behind: half-written states, adapters and files."""
@@ -955,23 +1231,44 @@ class Run:
                 shutil.rmtree(path)
         for name in (".best.new", ".best.old"):
             shutil.rmtree(self.out / name, ignore_errors=True)
-        converters = [*self.out.glob("zero_to_*.py"), *self.out.glob(".step-*/zero_to_*.py")]  # DeepSpeed's: useless without frozen weights
-        for path in [*converters, *self.out.glob(".*.tmp*"), *self.out.glob("*/.*.tmp*"), self.out / ".last.new"]:
+        converters = [
+            *self.out.glob("zero_to_*.py"),
+            *self.out.glob(".step-*/zero_to_*.py"),
+        ]  # DeepSpeed's: useless without frozen weights
+        for path in [
+            *converters,
+            *self.out.glob(".*.tmp*"),
+            *self.out.glob("*/.*.tmp*"),
+            self.out / ".last.new",
+        ]:
             path.unlink(missing_ok=True)
 
     def _cut(self, path):
         """Drop rows of steps that are not in last/, a torn last line among them: they will be done again."""
         if path.exists():
-            lines = [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if json.loads(line)["step"] <= self.state["step"]]
+            lines = [
+                line
+                for line in path.read_text(encoding="utf-8").split("\n")[:-1]
+                if json.loads(line)["step"] <= self.state["step"]
+            ]
             write_atomic(path, "".join(line + "\n" for line in lines))
 
     def _cut_csv(self, engine):
         """The same for DeepSpeed's CSV monitor, which would also write each header again."""
         monitor = getattr(engine.monitor, "csv_monitor", None)
         for path in Path(monitor.log_dir).glob("*.csv") if monitor else []:
-            bound = engine.global_samples if path.stem.startswith("Train_Samples") else self.state["step"]  # DeepSpeed's own count samples
-            header, *lines = path.read_text().splitlines()[: -1 if not path.read_text().endswith("\n") else None] or [""]
-            write_atomic(path, "".join(f"{line}\n" for line in [header, *(x for x in lines if int(x.split(",")[0]) <= bound)]))
+            bound = (
+                engine.global_samples if path.stem.startswith("Train_Samples") else self.state["step"]
+            )  # DeepSpeed's own count samples
+            header, *lines = path.read_text().splitlines()[
+                : -1 if not path.read_text().endswith("\n") else None
+            ] or [""]
+            write_atomic(
+                path,
+                "".join(
+                    f"{line}\n" for line in [header, *(x for x in lines if int(x.split(",")[0]) <= bound)]
+                ),
+            )
             monitor.filenames.append(path.stem)
 
     def save(self, engine, step):
@@ -979,11 +1276,22 @@ class Run:
         self.state["step"] = step
         name = f".step-{step}"
         try:
-            engine.save_checkpoint(str(self.out), tag=name, client_state=self.state, save_latest=False, exclude_frozen_parameters=True)
+            engine.save_checkpoint(
+                str(self.out),
+                tag=name,
+                client_state=self.state,
+                save_latest=False,
+                exclude_frozen_parameters=True,
+            )
         except (OSError, RuntimeError) as error:  # RuntimeError is how torch tells of a full disk
-            raise Stopped(f"{self.out}: cannot save step {step} ({_first(error)}): make room; the same command goes on") from None
+            raise Stopped(
+                f"{self.out}: cannot save step {step} ({_first(error)}): make room; the same command goes on"
+            ) from None
         if self.ranks.main:
-            for path in [*(self.out / name).iterdir(), *(self.out / log for log in self.LOGS if (self.out / log).exists())]:
+            for path in [
+                *(self.out / name).iterdir(),
+                *(self.out / log for log in self.LOGS if (self.out / log).exists()),
+            ]:
                 with open(path, "rb") as handle:
                     os.fsync(handle.fileno())  # KEEP: on the disk before the link points to it
             link = self.out / ".last.new"
@@ -1000,7 +1308,14 @@ class Run:
         with open(self.out / name, "a", encoding="utf-8") as handle:
             handle.write("".join(jsonl_line(row) for row in rows))
         if name == "metrics.jsonl" and self.monitor.enabled:
-            self.monitor.write_events([(f"train/{key}", value, row["step"]) for row in rows for key, value in row.items() if key != "step"])
+            self.monitor.write_events(
+                [
+                    (f"train/{key}", value, row["step"])
+                    for row in rows
+                    for key, value in row.items()
+                    if key != "step"
+                ]
+            )
 
     def keep_best(self, model, processor, prompt, step, f1):
         """best/ holds the state of the best validation JMERE F1, never of the best reward; the newest, while nothing is right yet."""
@@ -1030,10 +1345,14 @@ class Run:
             ids = list(dict.fromkeys(row["id"] for row in rows))
             shown = ", ".join(ids[:8]) + (" …" if len(ids) > 8 else "")
             found = ", ".join(f"{name} {value}" for name, value in bad.items())
-            self.fail(f"step {step + 1}: {found}; examples {shown}; kept in {path}; last/ is the state before: look at them, or lower --lr")
+            self.fail(
+                f"step {step + 1}: {found}; examples {shown}; kept in {path}; last/ is the state before: look at them, or lower --lr"
+            )
         if not self.changed and before is not None and numbers["gradient norm"] > 0:
             if fingerprint(model) == before:
-                self.fail(f"the first update changed no weight (gradient norm {numbers['gradient norm']:.3g}): --lr is too small")
+                self.fail(
+                    f"the first update changed no weight (gradient norm {numbers['gradient norm']:.3g}): --lr is too small"
+                )
             self.changed = True
 
     def fail(self, text):
@@ -1052,7 +1371,10 @@ class Run:
         if end or halt or step % self.args.save_every == 0:
             self.save(engine, step)
         if halt and not end and self.ranks.main:
-            print(f"stopped after step {step} of {total}, saved in {self.out / 'last'}: the same command goes on", flush=True)
+            print(
+                f"stopped after step {step} of {total}, saved in {self.out / 'last'}: the same command goes on",
+                flush=True,
+            )
         return end or halt
 
     def best_text(self):
@@ -1062,15 +1384,31 @@ class Run:
     def say_done(self, total):
         if self.ranks.main and self.state["ended"]:
             early = f" after step {self.state['step']} of {total}: {self.state['worse']} validations without a better F1"
-            score = f"validation JMERE F1 {self.state['best']:.4f} at step {self.state['best_step']}" if self.args.val else "the last step"
-            print(f"done{early if self.state['step'] < total else ''}: adapter in {self.out / 'best'}, {score}", flush=True)
+            score = (
+                f"validation JMERE F1 {self.state['best']:.4f} at step {self.state['best_step']}"
+                if self.args.val
+                else "the last step"
+            )
+            print(
+                f"done{early if self.state['step'] < total else ''}: adapter in {self.out / 'best'}, {score}",
+                flush=True,
+            )
 
 
 def _hashes(args):
     """Content of what the run reads: a file changed between two pieces of a run is another argument."""
     adapter = getattr(args, "adapter", None)
-    paths = {"data": args.data, "val": args.val, "ds_config": args.ds_config, "adapter": adapter and f"{adapter}/adapter_model.safetensors"}
-    return {f"{name}_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] for name, path in paths.items() if path}
+    paths = {
+        "data": args.data,
+        "val": args.val,
+        "ds_config": args.ds_config,
+        "adapter": adapter and f"{adapter}/adapter_model.safetensors",
+    }
+    return {
+        f"{name}_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+        for name, path in paths.items()
+        if path
+    }
 
 
 def validate(model, processor, examples, prompt, ranks, args):
@@ -1079,11 +1417,18 @@ def validate(model, processor, examples, prompt, ranks, args):
     items = [(PROMPTS[prompt].format(text=example.text), example.image) for example in mine]
     was_training = model.training
     model.eval()  # KEEP: generation in train() under gradient checkpointing is silently wrong
-    bar = tqdm(total=len(items), desc="validate", unit="tweet", disable=None if ranks.main else True, leave=False)
+    bar = tqdm(
+        total=len(items), desc="validate", unit="tweet", disable=None if ranks.main else True, leave=False
+    )
     with bar, ranks.together():
-        samples = generate(model, processor, items, 1, args.max_new_tokens, 0.0, batch_rows=args.eval_rows, progress=bar)
+        samples = generate(
+            model, processor, items, 1, args.max_new_tokens, 0.0, batch_rows=args.eval_rows, progress=bar
+        )
     model.train(was_training)
-    rows = [{"id": example.id, "response": sample.text, "finished": sample.finished} for example, [sample] in zip(mine, samples)]
+    rows = [
+        {"id": example.id, "response": sample.text, "finished": sample.finished}
+        for example, [sample] in zip(mine, samples)
+    ]
     rows = {row["id"]: row for part in ranks.gather(rows) for row in part}
     rows = [rows[example.id] for example in examples]
     pred = [parse_response(row["response"], direct=prompt == "direct").quintuples for row in rows]
@@ -1094,7 +1439,9 @@ def versions():
     names = ("torch", "transformers", "peft", "deepspeed")
     commit = None
     if shutil.which("git"):
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+        ).stdout.strip()
     return {name: metadata.version(name) for name in names} | {"commit": commit or None}
 
 
@@ -1116,8 +1463,16 @@ def draw_curves(out):
     from matplotlib.figure import Figure  # here: only training needs it, and pyplot's global state nobody
 
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    panels = (("reward", "accuracy", "partial", "format"), ("loss",), ("kl",), ("length",), ("val_jmere_f1", "val_mner_f1"))
-    panels = [kept for panel in panels if (kept := [name for name in panel if any(name in row for row in rows)])]
+    panels = (
+        ("reward", "accuracy", "partial", "format"),
+        ("loss",),
+        ("kl",),
+        ("length",),
+        ("val_jmere_f1", "val_mner_f1"),
+    )
+    panels = [
+        kept for panel in panels if (kept := [name for name in panel if any(name in row for row in rows)])
+    ]
     figure = Figure(figsize=(7, 2.2 * len(panels)), layout="constrained")
     for axes, panel in zip(figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0], panels):
         for name in panel:
@@ -1142,18 +1497,26 @@ def merge(name, adapter, out):
     model = load_adapter(model, adapter)
     with tempfile.NamedTemporaryFile(suffix=".png") as image:
         Image.linear_gradient("L").convert("RGB").save(image.name)
-        [prompt] = encode(model, processor, [(REASON_PROMPT.format(text="Browns Placing WR Josh Gordon On Illness List"), image.name)])
+        [prompt] = encode(
+            model,
+            processor,
+            [(REASON_PROMPT.format(text="Browns Placing WR Josh Gordon On Illness List"), image.name)],
+        )
 
     def logits(model):
         with torch.no_grad():
-            hidden = _base(model).model.language_model(inputs_embeds=prompt.embeds[None], position_ids=_as_rope(prompt.positions[None]))
+            hidden = _base(model).model.language_model(
+                inputs_embeds=prompt.embeds[None], position_ids=_as_rope(prompt.positions[None])
+            )
             return _base(model).lm_head(hidden.last_hidden_state[0]).float()  # [P, V]
 
     wanted = logits(model)
     with model.disable_adapter():
         effect = _distance(logits(model), wanted)
     if effect == 0:
-        raise InputError(f"--adapter {adapter}: changes no logit of {name}: it was never trained, or belongs to another model")
+        raise InputError(
+            f"--adapter {adapter}: changes no logit of {name}: it was never trained, or belongs to another model"
+        )
     out = Path(out)
     if out.exists():
         raise InputError(f"{out}: exists already: choose another folder for the merged model")
@@ -1161,12 +1524,21 @@ def merge(name, adapter, out):
     shutil.rmtree(fresh, ignore_errors=True)
     model.merge_and_unload().save_pretrained(fresh)
     processor.save_pretrained(fresh)
-    (fresh / "jmere.json").write_text(json.dumps({"prompt": adapter_prompt(adapter), "base": str(name)}) + "\n")
+    (fresh / "jmere.json").write_text(
+        json.dumps({"prompt": adapter_prompt(adapter), "base": str(name)}) + "\n"
+    )
     difference = _distance(logits(load(str(fresh), dtype)[0]), wanted)
     if not difference <= tolerance:
-        raise InputError(f"{fresh}: the merged model's logits differ by {difference:.2g} of the largest, expected at most {tolerance:.0e}")
+        raise InputError(
+            f"{fresh}: the merged model's logits differ by {difference:.2g} of the largest, expected at most {tolerance:.0e}"
+        )
     fresh.rename(out)
-    return {"difference": difference, "effect": effect, "tolerance": tolerance, "dtype": str(dtype).removeprefix("torch.")}
+    return {
+        "difference": difference,
+        "effect": effect,
+        "tolerance": tolerance,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
 
 
 def _distance(found, wanted):

@@ -25,19 +25,30 @@ USAGE = {"prompt_tokens": 900, "completion_tokens": 200, "total_tokens": 1100}
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--rows", type=int, default=3200, help="calls [ours: 20 seconds]")
     parser.add_argument("--concurrency", type=int, default=32, help="N [ours: issue 3]")
-    parser.add_argument("--latency", type=float, default=0.2, help="L, seconds the server waits [ours: issue 3]")
+    parser.add_argument(
+        "--latency", type=float, default=0.2, help="L, seconds the server waits [ours: issue 3]"
+    )
     parser.add_argument("--image-kb", type=int, default=60, help="size of an image [ours: issue 3]")
-    parser.add_argument("--images", type=int, default=200, help="distinct image files [ours: more than the client's cache holds]")
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=200,
+        help="distinct image files [ours: more than the client's cache holds]",
+    )
     parser.add_argument("--server", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 async def serve(latency):
     body = json.dumps({"model": "fixed", "choices": [REPLY], "usage": USAGE}).encode()
-    answer = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+    answer = (
+        b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+    )
 
     async def connection(reader, writer):
         try:
@@ -70,7 +81,10 @@ def bench(args, url, folder):
     for path in images:
         Image.frombytes("RGB", (side, side), os.urandom(side * side * 3)).save(path)
     client = common.ChatClient("fixed", url, args.concurrency)
-    jobs = [client.job({"id": f"r{i}"}, f"tweet {i} " + "x" * 1500, str(images[i % len(images)])) for i in range(args.rows)]
+    jobs = [
+        client.job({"id": f"r{i}"}, f"tweet {i} " + "x" * 1500, str(images[i % len(images)]))
+        for i in range(args.rows)
+    ]
     early, seen = {}, iter(range(1, args.rows + 1))
 
     def finish(row):
@@ -96,10 +110,18 @@ def main(args):
     if args.server:
         return asyncio.run(serve(args.latency))
     os.environ.setdefault("OPENAI_API_KEY", "bench")
-    server = subprocess.Popen([sys.executable, __file__, "--server", "--latency", str(args.latency)], stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen(
+        [sys.executable, __file__, "--server", "--latency", str(args.latency)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
         with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps(bench(args, f"http://127.0.0.1:{server.stdout.readline().strip()}/v1", Path(folder))))
+            print(
+                json.dumps(
+                    bench(args, f"http://127.0.0.1:{server.stdout.readline().strip()}/v1", Path(folder))
+                )
+            )
     finally:
         server.kill()
     return 0

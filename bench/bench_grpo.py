@@ -44,12 +44,22 @@ PARTS = ("sampling", "reference", "policy")
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     group = parser.add_argument_group("io")
     group.add_argument("--out", help="append every measurement to this JSONL")
     group = parser.add_argument_group("model")
     group.add_argument("--arch", choices=make_base.ARCHS, default="qwen2_5_vl")
-    for name, value in (("hidden", 512), ("layers", 8), ("heads", 8), ("kv-heads", 4), ("ffn", 1536), ("vocab", 32000), ("lora-rank", 16)):
+    for name, value in (
+        ("hidden", 512),
+        ("layers", 8),
+        ("heads", 8),
+        ("kv-heads", 4),
+        ("ffn", 1536),
+        ("vocab", 32000),
+        ("lora-rank", 16),
+    ):
         group.add_argument(f"--{name}", type=int, default=value)
     group = parser.add_argument_group("sizes, each one or several")
     group.add_argument("--prompt-tokens", type=int, nargs="+", default=[512], help="P")
@@ -60,10 +70,17 @@ def parse_args(argv=None):
     group.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     group.add_argument("--rounds", type=int, default=3)
     group.add_argument("--threads", type=int, default=1)
-    group.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: wall-clock seconds, GPU memory; never run on one")
+    group.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda: wall-clock seconds, GPU memory; never run on one",
+    )
     group.add_argument("--dtype", choices=tuple(vlm.DTYPES), default="fp32")
     group.add_argument("--static-cache", action="store_true", help="as in 04_grpo.py")
-    group.add_argument("--child", help=argparse.SUPPRESS)  # one measurement: {"way", "model", "P", "C", "G", "B"}
+    group.add_argument(
+        "--child", help=argparse.SUPPRESS
+    )  # one measurement: {"way", "model", "P", "C", "G", "B"}
     return parser.parse_args(argv)
 
 
@@ -72,7 +89,13 @@ def parse_args(argv=None):
 
 def make_model(args, folder):
     """A checkpoint with random weights in `folder`, its vocabulary widened to --vocab."""
-    size = make_base.SIZE | {"hidden": args.hidden, "layers": args.layers, "heads": args.heads, "kv_heads": args.kv_heads, "ffn": args.ffn}
+    size = make_base.SIZE | {
+        "hidden": args.hidden,
+        "layers": args.layers,
+        "heads": args.heads,
+        "kv_heads": args.kv_heads,
+        "ffn": args.ffn,
+    }
     make_base.build(args.arch, folder, make_base.corpus(), size=size)
     config = vlm.AutoConfig.from_pretrained(folder)
     config.text_config.vocab_size = max(args.vocab, config.text_config.vocab_size)
@@ -86,18 +109,25 @@ def make_items(processor, folder, count, tokens):
 
     def size(text):
         chat = processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}], add_generation_prompt=True, tokenize=False
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}],
+            add_generation_prompt=True,
+            tokenize=False,
         )
         return processor(text=[chat], images=[image], return_tensors="pt")["input_ids"].shape[1]
 
-    items, side = [], make_base.SIDE * (4 if "qwen" in type(processor).__name__.lower() else 1)  # 64 image tokens (Qwen), 16 (LLaVA)
+    items, side = (
+        [],
+        make_base.SIDE * (4 if "qwen" in type(processor).__name__.lower() else 1),
+    )  # 64 image tokens (Qwen), 16 (LLaVA)
     for i in range(count):
         image = Image.new("RGB", (side, side), (40 * i % 256, 90, 160))
         image.save(Path(folder) / f"{i}.png")
         words = max(0, tokens - size(""))
         while (found := size("a " * words)) != tokens:
             if words == 0:
-                raise common.InputError(f"--prompt-tokens {tokens}: image and template alone have {found}: ask for more")
+                raise common.InputError(
+                    f"--prompt-tokens {tokens}: image and template alone have {found}: ask for more"
+                )
             words = max(0, words + tokens - found)
         items.append(("a " * words, str(Path(folder) / f"{i}.png")))
     return items
@@ -108,7 +138,11 @@ def memory(peak=False):
     if torch.cuda.is_initialized():
         return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 2**20
     field = "VmHWM:" if peak else "VmRSS:"
-    return next(int(line.split()[1]) / 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return next(
+        int(line.split()[1]) / 1024
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(field)
+    )
 
 
 def settled_memory(model):
@@ -118,7 +152,9 @@ def settled_memory(model):
 
 
 def reset_peak():
-    torch.cuda.reset_peak_memory_stats() if torch.cuda.is_initialized() else Path("/proc/self/clear_refs").write_text("5")
+    torch.cuda.reset_peak_memory_stats() if torch.cuda.is_initialized() else Path(
+        "/proc/self/clear_refs"
+    ).write_text("5")
 
 
 def now():
@@ -149,7 +185,9 @@ class Clock:
 
     def row(self):
         cpu, wall = now() - self.began[0], time.perf_counter() - self.began[1]
-        self.parts["policy"] = cpu - self.parts["sampling"] - self.parts["reference"]  # and whatever else a step does
+        self.parts["policy"] = (
+            cpu - self.parts["sampling"] - self.parts["reference"]
+        )  # and whatever else a step does
         return {"cpu": cpu, "wall": wall, **self.parts}
 
 
@@ -166,11 +204,15 @@ def measure_ours(job, args, shared_prefix):
     vlm.stop_ids = lambda *_: [-1]  # responses of exactly C tokens
 
     def logps_of(prompts, samples, i):
-        return vlm.completion_logps(model, prompts[i : i + 1], [[s.ids for s in samples[i]]], 1.0, shared_prefix)
+        return vlm.completion_logps(
+            model, prompts[i : i + 1], [[s.ids for s in samples[i]]], 1.0, shared_prefix
+        )
 
     def step(tokens, clock):
         prompts = clock.timed("sampling", vlm.encode)(model, processor, items)
-        samples = clock.timed("sampling", vlm.sample)(model, processor, prompts, job["G"], tokens, 1.0, static=args.static_cache)
+        samples = clock.timed("sampling", vlm.sample)(
+            model, processor, prompts, job["G"], tokens, 1.0, static=args.static_cache
+        )
         for i in range(len(prompts)):
             with torch.no_grad(), vlm.reference(model):
                 ref_logps, _, _ = clock.timed("reference", logps_of)(prompts, samples, i)
@@ -199,20 +241,27 @@ def measure_trl(job, args):
 
     trl.trainer.utils._use_triton = lambda device: True  # the head on completion positions only, as on a GPU
     processor = vlm.load_processor(job["model"])
-    model = vlm.AutoModelForImageTextToText.from_pretrained(job["model"], dtype=vlm.DTYPES[args.dtype], attn_implementation="sdpa")
+    model = vlm.AutoModelForImageTextToText.from_pretrained(
+        job["model"], dtype=vlm.DTYPES[args.dtype], attn_implementation="sdpa"
+    )
     items = make_items(processor, job["model"], job["B"], job["P"])
-    data = Dataset.from_list([{"prompt": [{"role": "user", "content": text}], "image": Image.open(path)} for text, path in items])
+    data = Dataset.from_list(
+        [{"prompt": [{"role": "user", "content": text}], "image": Image.open(path)} for text, path in items]
+    )
     found = {}
 
     class Watch(TrainerCallback):
         def on_step_begin(self, config, state, control, **kwargs):
-            trainer.generation_config.max_new_tokens = trainer.generation_config.min_new_tokens = job["C"] if state.global_step else 2
+            trainer.generation_config.max_new_tokens = trainer.generation_config.min_new_tokens = (
+                job["C"] if state.global_step else 2
+            )
             if state.global_step == 1:
                 reset_peak()
                 found["clock"] = clock = Clock()
                 trainer._generate = clock.timed("sampling", trainer._generate)
                 trainer._get_per_token_logps_and_entropies = clock.timed(
-                    lambda: None if torch.is_grad_enabled() else "reference", trainer._get_per_token_logps_and_entropies
+                    lambda: None if torch.is_grad_enabled() else "reference",
+                    trainer._get_per_token_logps_and_entropies,
                 )
 
         def on_step_end(self, config, state, control, **kwargs):
@@ -242,12 +291,18 @@ def measure_trl(job, args):
         save_strategy="no",
         disable_tqdm=True,
     )
-    lora = vlm.LoraConfig(r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=vlm.LORA_TARGETS, task_type="CAUSAL_LM")
-    trainer = GRPOTrainer(model, reward, config, data, processing_class=processor, peft_config=lora, callbacks=[Watch()])
+    lora = vlm.LoraConfig(
+        r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=vlm.LORA_TARGETS, task_type="CAUSAL_LM"
+    )
+    trainer = GRPOTrainer(
+        model, reward, config, data, processing_class=processor, peft_config=lora, callbacks=[Watch()]
+    )
     found["base"] = settled_memory(model)
     trainer.train()
     if found["lengths"] != [job["C"]]:
-        raise common.InputError(f"TRL sampled responses of {found['lengths']} tokens, expected {job['C']}: the comparison is not one")
+        raise common.InputError(
+            f"TRL sampled responses of {found['lengths']} tokens, expected {job['C']}: the comparison is not one"
+        )
     return found["row"]
 
 
@@ -269,11 +324,15 @@ def matmul_rate(args, n=1024):
 def gflop(args, job):
     """Of one step that computes P + G·C tokens a prompt: sampling, reference and policy forward, and the policy's d input (base frozen)."""
     head_dim = args.hidden // args.heads
-    linear = args.layers * (2 * args.hidden * (args.hidden + args.kv_heads * head_dim) + 3 * args.hidden * args.ffn)
+    linear = args.layers * (
+        2 * args.hidden * (args.hidden + args.kv_heads * head_dim) + 3 * args.hidden * args.ffn
+    )
     prompt, own = job["P"], job["C"]
     pairs = prompt * prompt / 2 + job["G"] * (own * prompt + own * own / 2)  # query–key pairs
     forward = 2 * linear * (prompt + job["G"] * own) + 4 * args.layers * args.hidden * pairs
-    backward = forward + 4 * args.layers * args.hidden * pairs  # d input of a linear layer is one product, of an attention product two
+    backward = (
+        forward + 4 * args.layers * args.hidden * pairs
+    )  # d input of a linear layer is one product, of an attention product two
     head = 2 * args.hidden * args.vocab * job["G"] * own
     return job["B"] * (3 * forward + backward + 4 * head) / 1e9
 
@@ -296,15 +355,24 @@ def main(args):
     print(
         f"{args.arch}, {args.layers} × {args.hidden}, vocabulary {args.vocab}, {args.threads} threads; matmul {rate:.0f} GFLOP/s; medians"
     )
-    print("    P    C   G  B  way     CPU s  wall s  sampling  reference  policy  added MiB   × ours  × memory  floor s (share)")
+    print(
+        "    P    C   G  B  way     CPU s  wall s  sampling  reference  policy  added MiB   × ours  × memory  floor s (share)"
+    )
     with tempfile.TemporaryDirectory() as folder:
         make_model(args, folder)
-        for prompt, own, n, count in itertools.product(args.prompt_tokens, args.completion_tokens, args.group_size, args.prompts):
+        for prompt, own, n, count in itertools.product(
+            args.prompt_tokens, args.completion_tokens, args.group_size, args.prompts
+        ):
             rows = {way: [] for way in args.ways}
             for _, way in itertools.product(range(args.rounds), args.ways):  # in turns
                 job = {"way": way, "model": folder, "P": prompt, "C": own, "G": n, "B": count}
                 command = [sys.executable, __file__, *sys.argv[1:], "--child", json.dumps(job)]
-                done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"})
+                done = subprocess.run(
+                    command,
+                    capture_output=True,
+                    text=True,
+                    env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"},
+                )
                 if done.returncode:
                     raise common.InputError(f"{way}: {done.stderr.strip()[-1500:]}")
                 rows[way].append(json.loads(done.stdout.strip().split("\n")[-1]))
@@ -316,10 +384,20 @@ def main(args):
                 m = {key: median(row[key] for row in found) for key in ("cpu", "wall", *PARTS, "added_mib")}
                 ours = ours or m
                 parts = "".join(
-                    f"{m[key]:{width}.2f}" for key, width in (("cpu", 7), ("wall", 8), ("sampling", 10), ("reference", 11), ("policy", 8))
+                    f"{m[key]:{width}.2f}"
+                    for key, width in (
+                        ("cpu", 7),
+                        ("wall", 8),
+                        ("sampling", 10),
+                        ("reference", 11),
+                        ("policy", 8),
+                    )
                 )
                 ratios = f"{m['cpu'] / ours['cpu']:8.2f}x{m['added_mib'] / ours['added_mib']:9.2f}x{floor:9.2f} ({floor / m['cpu']:.0%})"
-                print(f"{prompt:5}{own:5}{n:4}{count:3}  {way:6}{parts}{m['added_mib']:11.0f}{ratios}", flush=True)
+                print(
+                    f"{prompt:5}{own:5}{n:4}{count:3}  {way:6}{parts}{m['added_mib']:11.0f}{ratios}",
+                    flush=True,
+                )
     return None
 
 

@@ -28,7 +28,10 @@ def observe(fault, always):
         tempfile.TemporaryDirectory() as folder,
         FakeOpenAI(lambda body, prompt: ["fine"], lambda i: fault if always or not i else None) as server,
     ):
-        client, path = common.ChatClient("m", server.url, concurrency=2, timeout=0.5), Path(folder) / "out.jsonl"
+        client, path = (
+            common.ChatClient("m", server.url, concurrency=2, timeout=0.5),
+            Path(folder) / "out.jsonl",
+        )
         jobs, end, began = [client.job({"id": f"j{i}"}, f"p{i}") for i in range(10)], "done", time.monotonic()
         with common.AppendFile(path) as out, contextlib.redirect_stderr(io.StringIO()):
             try:
@@ -39,7 +42,13 @@ def observe(fault, always):
         errors = path.with_suffix(".errors.jsonl")
         failed = sum(1 for _ in common.read_jsonl(errors)) if errors.exists() else 0
         kinds = ", ".join(sorted({row["status"] for row in rows} - {"ok"}))
-        return len(server.requests), f"{len(rows)}{f' ({kinds})' if kinds else ''}", failed, time.monotonic() - began, end
+        return (
+            len(server.requests),
+            f"{len(rows)}{f' ({kinds})' if kinds else ''}",
+            failed,
+            time.monotonic() - began,
+            end,
+        )
 
 
 def main():
@@ -51,7 +60,9 @@ def main():
             if always and fault in ("hang", "drip", "nothing-left", "429-ms", "429-s", "429"):
                 continue  # the same, for minutes
             requests, rows, failed, seconds, end = observe(fault, always)
-            print(f"{fault:<14}{'always' if always else 'once':<8}{requests:>8}  {rows:<20}{failed:>6}{seconds:>9.2f}  {end}")
+            print(
+                f"{fault:<14}{'always' if always else 'once':<8}{requests:>8}  {rows:<20}{failed:>6}{seconds:>9.2f}  {end}"
+            )
 
 
 if __name__ == "__main__":

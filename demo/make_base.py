@@ -48,11 +48,28 @@ from demo import world
 
 ARCHS = ("qwen2_5_vl", "llava")
 SIDE, PATCH = 56, 14  # pixels
-SIZE = {"hidden": 192, "layers": 4, "heads": 6, "kv_heads": 3, "ffn": 512, "vision_hidden": 64, "vision_layers": 2, "vision_heads": 4}
+SIZE = {
+    "hidden": 192,
+    "layers": 4,
+    "heads": 6,
+    "kv_heads": 3,
+    "ffn": 512,
+    "vision_hidden": 64,
+    "vision_layers": 2,
+    "vision_heads": 4,
+}
 POSITIONS = 4096
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
-QWEN_SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+QWEN_SPECIALS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
 # The published template: a default system turn, then the turns; an image part becomes one placeholder, which the processor expands.
 QWEN_TEMPLATE = (
     "{% set image_count = namespace(value=0) %}{% for message in messages %}"
@@ -74,12 +91,29 @@ LLAVA_TEMPLATE = (  # "USER: <image>\n… ASSISTANT:" as LLaVA-1.5 was trained
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--arch", choices=ARCHS, default="qwen2_5_vl", help="whose classes [ours: the paper's two base models]")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--arch",
+        choices=ARCHS,
+        default="qwen2_5_vl",
+        help="whose classes [ours: the paper's two base models]",
+    )
     parser.add_argument("--out", required=True, help="folder to write [ours]")
-    parser.add_argument("--seed", type=int, default=0, help="of the random weights and of the training [ours]")
-    parser.add_argument("--train", type=int, metavar="STEPS", help="learn to see and to copy for so many steps [ours: none]")
-    parser.add_argument("--see", type=int, default=200, metavar="STEPS", help="of 64 pictures: the vision tower's own schooling [ours]")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the random weights and of the training [ours]"
+    )
+    parser.add_argument(
+        "--train", type=int, metavar="STEPS", help="learn to see and to copy for so many steps [ours: none]"
+    )
+    parser.add_argument(
+        "--see",
+        type=int,
+        default=200,
+        metavar="STEPS",
+        help="of 64 pictures: the vision tower's own schooling [ours]",
+    )
     parser.add_argument("--tokens", type=int, default=4000, help="of a step, padding included [ours]")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="peak, cosine to a tenth [ours]")
     return parser.parse_args(argv)
@@ -107,14 +141,24 @@ def train_bpe(texts, arch, vocab_size):
     """→ (vocab, merges) of a BPE over `texts`, special tokens first. Qwen's is over bytes, LLaMA's over characters with byte fallback."""
     if arch == "qwen2_5_vl":
         bpe = Tokenizer(models.BPE())
-        bpe.normalizer, bpe.pre_tokenizer = normalizers.NFC(), Qwen2Tokenizer()._tokenizer.pre_tokenizer  # exactly Qwen's splitting
+        bpe.normalizer, bpe.pre_tokenizer = (
+            normalizers.NFC(),
+            Qwen2Tokenizer()._tokenizer.pre_tokenizer,
+        )  # exactly Qwen's splitting
         specials, alphabet = QWEN_SPECIALS, pre_tokenizers.ByteLevel.alphabet()
     else:
         bpe = Tokenizer(models.BPE(byte_fallback=True))
         # LLaMA's tokenizer does not split at spaces; training must, or whole sentences become tokens.
-        bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(prepend_scheme="first"), pre_tokenizers.Punctuation()])
-        specials, alphabet = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "<image>", "<pad>"], []
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=specials, initial_alphabet=alphabet, show_progress=False)
+        bpe.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Metaspace(prepend_scheme="first"), pre_tokenizers.Punctuation()]
+        )
+        specials, alphabet = (
+            ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "<image>", "<pad>"],
+            [],
+        )
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
     bpe.train_from_iterator(texts, trainer)
     model = json.loads(bpe.to_str())["model"]
     return model["vocab"], [tuple(merge) for merge in model["merges"]]
@@ -123,7 +167,9 @@ def train_bpe(texts, arch, vocab_size):
 def qwen(texts, size, vocab_size):
     """→ (model, tokenizer, preprocessor files, chat template, generation config) of a tiny Qwen2.5-VL."""
     vocab, merges = train_bpe(texts, "qwen2_5_vl", vocab_size)
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, eos_token="<|im_end|>", extra_special_tokens=QWEN_SPECIALS[1:])
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocab, merges=merges, eos_token="<|im_end|>", extra_special_tokens=QWEN_SPECIALS[1:]
+    )
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in QWEN_SPECIALS}
     head_dim = size["hidden"] // size["heads"]
     config = Qwen2_5_VLConfig(
@@ -173,16 +219,28 @@ def qwen(texts, size, vocab_size):
         repetition_penalty=1.05,
         temperature=1e-6,
     )
-    return Qwen2_5_VLForConditionalGeneration(config), tokenizer, {"preprocessor_config.json": preprocessor}, QWEN_TEMPLATE, generation
+    return (
+        Qwen2_5_VLForConditionalGeneration(config),
+        tokenizer,
+        {"preprocessor_config.json": preprocessor},
+        QWEN_TEMPLATE,
+        generation,
+    )
 
 
 def llava(texts, size, vocab_size):
     """→ (model, tokenizer, preprocessor files, chat template, generation config) of a tiny LLaVA-1.5."""
     vocab, merges = train_bpe(texts, "llava", vocab_size)
     tokenizer = LlamaTokenizer(
-        vocab=vocab, merges=merges, pad_token="<pad>", padding_side="left", extra_special_tokens={"image_token": "<image>"}
+        vocab=vocab,
+        merges=merges,
+        pad_token="<pad>",
+        padding_side="left",
+        extra_special_tokens={"image_token": "<image>"},
     )
-    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
     image_id, pad_id = tokenizer.convert_tokens_to_ids(["<image>", "<pad>"])
     config = LlavaConfig(
         text_config={
@@ -196,7 +254,8 @@ def llava(texts, size, vocab_size):
             "model_type": "clip_vision_model",
             "hidden_size": size["vision_hidden"],
             "intermediate_size": 2 * size["vision_hidden"],
-            "num_hidden_layers": size["vision_layers"] + 1,  # features come from the layer before the last (vision_feature_layer -2)
+            "num_hidden_layers": size["vision_layers"]
+            + 1,  # features come from the layer before the last (vision_feature_layer -2)
             "num_attention_heads": size["vision_heads"],
             "image_size": SIDE,
             "patch_size": PATCH,
@@ -221,7 +280,9 @@ def llava(texts, size, vocab_size):
         "processor_class": "LlavaProcessor",
         "vision_feature_select_strategy": "default",
     }
-    generation = GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad_id)
+    generation = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad_id
+    )
     files = {"preprocessor_config.json": preprocessor, "processor_config.json": processor}
     return LlavaForConditionalGeneration(config), tokenizer, files, LLAVA_TEMPLATE, generation
 
@@ -287,7 +348,10 @@ def captions(scene):
             "Describe the picture.",
             f"A picture by {time_of_day}. On the left is a {scene.left}, on the right a {scene.right}.{sign}{poster}",
         ),
-        ("What can you see?", f"I see a {scene.left} and a {scene.right}.{poster}{sign} It is {time_of_day}."),
+        (
+            "What can you see?",
+            f"I see a {scene.left} and a {scene.right}.{poster}{sign} It is {time_of_day}.",
+        ),
     )
 
 
@@ -330,7 +394,9 @@ def after(rng, text):
 
 
 def say_after_me(rng):
-    words = [rng.choice((rng.choice(WORDS), rng.choice(sorted(world.LEXICON)))) for _ in range(rng.randint(3, 9))]
+    words = [
+        rng.choice((rng.choice(WORDS), rng.choice(sorted(world.LEXICON)))) for _ in range(rng.randint(3, 9))
+    ]
     return f"Say: {' '.join(words)}", " ".join(words)
 
 
@@ -378,7 +444,10 @@ class Chat:
                 "\n<|im_start|>user\n" + mark + "<|im_end|>\n<|im_start|>assistant\n",
             )
         else:
-            opening, self.between = opening.replace("<image>", "<image>" * (SIDE // PATCH) ** 2), " USER: " + mark + " ASSISTANT:"
+            opening, self.between = (
+                opening.replace("<image>", "<image>" * (SIDE // PATCH) ** 2),
+                " USER: " + mark + " ASSISTANT:",
+            )
         self.opening, self.mark, self.lead = opening, mark, "" if arch == "qwen2_5_vl" else " "
         # Every token a prompt or response of the world uses, so that each has met the model; drawn singly, in no order.
         # One left out stays at 8 % when LoRA is sure of it: it cannot be told from the other tokens that never were an answer.
@@ -419,7 +488,9 @@ def thrown_together(seed, count=3000):
 
     def scene():
         left, right, sign = figure(kinds), figure(kinds), rng.choice((None, *world.SIGNS))
-        return world.Scene(left, right, sign, rng.choice((None, figure(list(world.POSTERS)))), rng.random() < 0.5)
+        return world.Scene(
+            left, right, sign, rng.choice((None, figure(list(world.POSTERS)))), rng.random() < 0.5
+        )
 
     return [scene() for _ in range(count)]
 
@@ -428,13 +499,20 @@ class Pictures:
     """Pictures of scenes as the model's own preprocessor gives them, each drawn twice, its figures a little aside, when first asked for."""
 
     def __init__(self, arch, folder, seed):
-        self.arch, self.processor, self.seed, self.values = arch, AutoImageProcessor.from_pretrained(folder), seed, {}
+        self.arch, self.processor, self.seed, self.values = (
+            arch,
+            AutoImageProcessor.from_pretrained(folder),
+            seed,
+            {},
+        )
 
     def draw(self, scene):
         rng = random.Random(f"pictures:{self.seed}:{scene}")
         drawn = [world.draw(scene, (rng.randint(-1, 1), rng.randint(-1, 1))) for _ in range(2)]
         pixels = self.processor(images=drawn, return_tensors="pt")["pixel_values"]
-        return (pixels.view(2, -1, *pixels.shape[1:]) if self.arch == "qwen2_5_vl" else pixels).half()  # half: all of them fit in memory
+        return (
+            pixels.view(2, -1, *pixels.shape[1:]) if self.arch == "qwen2_5_vl" else pixels
+        ).half()  # half: all of them fit in memory
 
     def batch(self, rng, scenes):
         for scene in scenes:
@@ -444,16 +522,30 @@ class Pictures:
         if self.arch == "llava":
             return {"pixel_values": pixels}
         side = SIDE // PATCH
-        return {"pixel_values": pixels.flatten(0, 1), "image_grid_thw": torch.tensor([[1, side, side]] * len(scenes))}
+        return {
+            "pixel_values": pixels.flatten(0, 1),
+            "image_grid_thw": torch.tensor([[1, side, side]] * len(scenes)),
+        }
 
 
-LOUD = 3.0  # standard deviation of the image features: captions exact after 500 steps on 68 %, with 0.2 on none
+LOUD = (
+    3.0  # standard deviation of the image features: captions exact after 500 steps on 68 %, with 0.2 on none
+)
 
 
 def facts(scene):
     """{(quarter of the picture, what is asked): answer}: all that a scene shows, and which quarter it is."""
-    figures = {"left": scene.left, "right": scene.right, "poster": scene.poster, "sign": world.Figure(scene.sign, None)}
-    found = {(place, key): getattr(figure, key, None) for place, figure in figures.items() for key in ("kind", "colour")}
+    figures = {
+        "left": scene.left,
+        "right": scene.right,
+        "poster": scene.poster,
+        "sign": world.Figure(scene.sign, None),
+    }
+    found = {
+        (place, key): getattr(figure, key, None)
+        for place, figure in figures.items()
+        for key in ("kind", "colour")
+    }
     return found | {(place, "place"): place for place in world.QUARTERS} | {("sign", "night"): scene.night}
 
 
@@ -470,15 +562,22 @@ def see(model, pictures, scenes, args, batch=64):
     for scene in scenes:
         for fact, answer in facts(scene).items():
             answers.setdefault(fact[1], {}).setdefault(answer, len(answers[fact[1]]))
-    heads = {key: torch.nn.Linear(model.config.get_text_config().hidden_size, len(known)) for key, known in answers.items()}
+    heads = {
+        key: torch.nn.Linear(model.config.get_text_config().hidden_size, len(known))
+        for key, known in answers.items()
+    }
     tower = [parameter for name, parameter in model.named_parameters() if is_vision(name)]
-    optimizer = torch.optim.AdamW([*tower, *(p for head in heads.values() for p in head.parameters())], betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(
+        [*tower, *(p for head in heads.values() for p in head.parameters())], betas=(0.9, 0.98)
+    )
     bar = tqdm(range(args.see), desc="see", unit="step", disable=None)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / 60) * (1 + math.cos(math.pi * step / args.see)) / 2
         drawn = rng.choices(scenes, k=batch)
-        features = torch.stack(list(model.model.get_image_features(**pictures.batch(rng, drawn)).pooler_output))  # [B, tokens, D]
+        features = torch.stack(
+            list(model.model.get_image_features(**pictures.batch(rng, drawn)).pooler_output)
+        )  # [B, tokens, D]
         half = int(features.shape[1] ** 0.5) // 2
         quarters = features.unflatten(1, (2, half, 2, half)).mean((2, 4)).flatten(1, 2)  # [B, 4, D]
         # Normalised, or a few loud features drown what the decoder must tell apart.
@@ -487,13 +586,19 @@ def see(model, pictures, scenes, args, batch=64):
         for place, key in facts(drawn[0]):
             logits = heads[key](quarters[:, places.index(place)])
             target = torch.tensor([answers[key][facts(scene)[place, key]] for scene in drawn])
-            loss, right = loss + torch.nn.functional.cross_entropy(logits, target), right & (logits.argmax(-1) == target)
+            loss, right = (
+                loss + torch.nn.functional.cross_entropy(logits, target),
+                right & (logits.argmax(-1) == target),
+            )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(tower, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % 100 == 0:
-            tqdm.write(f"see, step {step + 1}: loss {loss.item():.3f}, all right in {right.float().mean():.2f}", file=sys.stdout)
+            tqdm.write(
+                f"see, step {step + 1}: loss {loss.item():.3f}, all right in {right.float().mean():.2f}",
+                file=sys.stdout,
+            )
     # Image tokens far larger than word embeddings: what the decoder's first layers add leaves them readable.
     last = [m for name, m in model.named_modules() if is_vision(name) and isinstance(m, torch.nn.Linear)][-1]
     for parameter in last.parameters():
@@ -509,7 +614,9 @@ def forward(model, pictures, rng, rows):
     inputs = pictures.batch(rng, [scene for scene, _, _ in rows])
     if pictures.arch == "qwen2_5_vl":
         inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
-    hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False, **inputs).last_hidden_state  # [B, L, D]
+    hidden = model.model(
+        input_ids=ids, attention_mask=mask, use_cache=False, **inputs
+    ).last_hidden_state  # [B, L, D]
     logits = model.lm_head(hidden[:, :-1][answer[:, 1:]])  # [T, V]
     return logits, ids[answer], answer.nonzero()[:, 0]
 
@@ -571,13 +678,19 @@ def check(model, chat, pictures, scenes, seed=1):
             rows = []
             for scene in part:
                 text = tweet(rng)
-                last = {"captions": captions(scene)[0], "names": list_names(text), "scrambled tokens": (SCRAMBLE, "")}[kind]
+                last = {
+                    "captions": captions(scene)[0],
+                    "names": list_names(text),
+                    "scrambled tokens": (SCRAMBLE, ""),
+                }[kind]
                 made = turns(rng, scene, text, 2)
                 ids, weights = chat.build(rng, text, [*made, last])
                 begin = len(weights) - 1 - weights[::-1].index(0) + 1  # the last answer only
                 rows.append((scene, ids, [0] * begin + weights[begin:]))
             logits, targets, row = forward(model, pictures, rng, rows)
-            right = torch.ones(len(rows)).scatter_reduce(0, row, (logits.argmax(-1) == targets).float(), "amin")
+            right = torch.ones(len(rows)).scatter_reduce(
+                0, row, (logits.argmax(-1) == targets).float(), "amin"
+            )
             exact.setdefault(kind, []).extend(right.tolist())
     model.train()
     return {kind: sum(right) / len(right) for kind, right in exact.items()}
@@ -589,15 +702,24 @@ def percent(exact):
 
 def save(model, out):
     """Stored as bf16, half the size; config.json says fp32, which is what loading gives."""
-    state = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items() if name != "lm_head.weight"}  # tied
+    state = {
+        name: value.to(torch.bfloat16)
+        for name, value in model.state_dict().items()
+        if name != "lm_head.weight"
+    }  # tied
     model.save_pretrained(out, state_dict=state)
 
 
 @common.cli
 def main(args):
     model = build(args.arch, args.out, corpus(), args.seed)
-    count, vocabulary = sum(parameter.numel() for parameter in model.parameters()), model.config.get_text_config().vocab_size
-    print(f"{args.out}: {args.arch}, {count:,} parameters, {vocabulary} tokens, weights at random (seed {args.seed})")
+    count, vocabulary = (
+        sum(parameter.numel() for parameter in model.parameters()),
+        model.config.get_text_config().vocab_size,
+    )
+    print(
+        f"{args.out}: {args.arch}, {count:,} parameters, {vocabulary} tokens, weights at random (seed {args.seed})"
+    )
     if args.train:
         chat, grammar = Chat(args.arch, AutoTokenizer.from_pretrained(args.out)), set(world.scenes())
         pictures = Pictures(args.arch, args.out, args.seed)
@@ -606,7 +728,9 @@ def main(args):
         seconds = learn(model, chat, pictures, seen, args)
         save(model, args.out)
         held_out = check(model, chat, pictures, world.scenes()[::5], seed=2)
-        print(f"{args.out}: {args.train} steps in {seconds / 60:.1f} minutes; scenes never seen: {percent(held_out)}")
+        print(
+            f"{args.out}: {args.train} steps in {seconds / 60:.1f} minutes; scenes never seen: {percent(held_out)}"
+        )
 
 
 if __name__ == "__main__":

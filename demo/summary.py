@@ -41,7 +41,9 @@ WINDOW = 8  # updates of the running mean: one batch of prompts is easier than t
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("root", type=Path, help="ROOT of ablations.sh [ours]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[3, 4, 5], help="which of its folders [ours]")
     parser.add_argument("--out", type=Path, help="figure to draw [ours: none]")
@@ -62,13 +64,21 @@ def show(title, folders, runs, figures=table.scores):
         return
     rows = [table.row(name, [folder / run for folder in folders], figures) for name, run in runs.items()]
     for row, run in zip(rows, runs.values()) if figures is table.scores else ():
-        row["ΔF1"] = "" if run == "test-grpo" else table.spread([f1(folder, run) - f1(folder, "test-grpo") for folder in folders], sign="+")
+        row["ΔF1"] = (
+            ""
+            if run == "test-grpo"
+            else table.spread([f1(folder, run) - f1(folder, "test-grpo") for folder in folders], sign="+")
+        )
     table.print_rows(rows)
 
 
 def group_sizes(folders):
     """{size of a group: its run} of those that every seed has; 8 is the main one."""
-    sizes = {int(path.name.removeprefix("test-group-")) for path in folders[0].glob("test-group-*") if path.is_dir()}
+    sizes = {
+        int(path.name.removeprefix("test-group-"))
+        for path in folders[0].glob("test-group-*")
+        if path.is_dir()
+    }
     runs = {8: "test-grpo"} | {size: f"test-group-{size}" for size in sizes}
     return {size: runs[size] for size in sorted(runs) if not missing(folders, runs[size])}
 
@@ -80,9 +90,14 @@ def f1(folder, run):
 def gain_row(folder):
     """One seed: what SFT and GRPO each add to the test F1, GRPO's gain with a paired bootstrap over tweets (05), and to the test reward."""
     zero, sft, grpo = (f1(folder, run) for run in ("test-zero", "test-sft", "test-grpo"))
-    shares = [f"{100 * part / (grpo - zero):.0f} %" if grpo > zero else "no gain" for part in (sft - zero, grpo - sft)]
+    shares = [
+        f"{100 * part / (grpo - zero):.0f} %" if grpo > zero else "no gain"
+        for part in (sft - zero, grpo - sft)
+    ]
     runs = [f"{name}={folder / PARADIGMS[name]}" for name in ("CoT-SFT", "JMERE-R1")]
-    compared = next(row for row in evaluation.compare(evaluation.parse_args(["--compare", *runs]), None) if "p" in row)
+    compared = next(
+        row for row in evaluation.compare(evaluation.parse_args(["--compare", *runs]), None) if "p" in row
+    )
     low, high = (100 * x for x in compared["difference_95"])
     return {
         "seed": folder.name.removeprefix("seed-"),
@@ -111,16 +126,31 @@ def draw(folders, out):
         reward.plot([0, len(rewards)], ends, "--o", color=colour, label=name)
         gains = [f1(folder, run) - f1(folder, "test-sft") for run in sizes.values()]
         group.plot(range(len(sizes)), gains, "-o", color=colour, label=name)
-    reward.set(title="reward: test set (dots), training (lines)", xlabel="update", ylabel=f"mean; training: of {WINDOW} updates")
+    reward.set(
+        title="reward: test set (dots), training (lines)",
+        xlabel="update",
+        ylabel=f"mean; training: of {WINDOW} updates",
+    )
     group.axhline(0, color="grey", linestyle="--")
     group.set_xticks(range(len(sizes)), sizes)
-    group.set(title="Figure 3: size of a group", xlabel="responses a prompt", ylabel="test F1 above CoT-SFT (points)")
+    group.set(
+        title="Figure 3: size of a group",
+        xlabel="responses a prompt",
+        ylabel="test F1 above CoT-SFT (points)",
+    )
     for name, run in votes.items():
         curves = [table.read(folder / run, "samples")["samples"]["f1_at_k"] for folder in folders]
-        vote.plot([k for k, _, _ in curves[0]], [100 * mean(at[1] for at in ats) for ats in zip(*curves)], marker=".", label=name)
+        vote.plot(
+            [k for k, _, _ in curves[0]],
+            [100 * mean(at[1] for at in ats) for ats in zip(*curves)],
+            marker=".",
+            label=name,
+        )
     vote.set_xscale("log", base=2)
     vote.xaxis.set_major_formatter("{x:.0f}")
-    vote.set(title="Figure 5: vote of many responses", xlabel="responses k", ylabel="test F1@k (%), mean of seeds")
+    vote.set(
+        title="Figure 5: vote of many responses", xlabel="responses k", ylabel="test F1@k (%), mean of seeds"
+    )
     for axes in (reward, group, vote):
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
@@ -135,8 +165,17 @@ def main(args):
     print("\n**Share of the gain over zero-shot, and what GRPO adds to CoT-SFT**\n")
     table.print_rows([gain_row(folder) for folder in folders])
     show("Ablations (Table 2)", folders, WITHOUT)
-    show("Size of a group (Figure 3)", folders, {f"group of {size}": run for size, run in group_sizes(folders).items()})
-    show("Many responses (Figure 5): temperature 0.8, most frequent set of quintuples", folders, VOTES, table.votes)
+    show(
+        "Size of a group (Figure 3)",
+        folders,
+        {f"group of {size}": run for size, run in group_sizes(folders).items()},
+    )
+    show(
+        "Many responses (Figure 5): temperature 0.8, most frequent set of quintuples",
+        folders,
+        VOTES,
+        table.votes,
+    )
     if args.out:
         draw(folders, args.out)
 

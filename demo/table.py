@@ -18,8 +18,15 @@ import common
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER[,…]", help="a name for the row, and what 05 had as --out [ours]")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="NAME=FOLDER[,…]",
+        help="a name for the row, and what 05 had as --out [ours]",
+    )
     parser.add_argument("--votes", action="store_true", help="F1@k instead, of runs with --samples [ours]")
     return parser.parse_args(argv)
 
@@ -32,7 +39,9 @@ def read(folder, *parts):
         return {part: metrics[part] for part in parts}
     except (OSError, ValueError, KeyError) as error:
         fault = f"{path}: no scores to read ({type(error).__name__}: {error})"
-        raise common.InputError(f"{fault}: made by 05_eval.py on data with gold{', with --samples' * ('samples' in parts)}") from None
+        raise common.InputError(
+            f"{fault}: made by 05_eval.py on data with gold{', with --samples' * ('samples' in parts)}"
+        ) from None
 
 
 def reward(folder):
@@ -66,7 +75,11 @@ def votes(folder):
     many = read(folder, "samples")["samples"]
     curve = {k: 100 * f1 for k, f1, _ in many["f1_at_k"]}
     shown = {f"F1@{k}": curve[k] for k in sorted({*(2**i for i in range(many["n"].bit_length())), many["n"]})}
-    rest = {"best of N": 100 * many["best_of_n"], "distinct answers": many["distinct_answers"], "paths": many["distinct_paths"]}
+    rest = {
+        "best of N": 100 * many["best_of_n"],
+        "distinct answers": many["distinct_answers"],
+        "paths": many["distinct_paths"],
+    }
     return shown | rest
 
 

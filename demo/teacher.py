@@ -42,14 +42,18 @@ REFUSED = 0.03
 SLIP = 0.04  # a re-prediction that loses or turns a quintuple
 UNSCORED = 0.02  # a judgement without scores
 NOISE = 0.10  # a judgement one point up or down in one rule; up on full points stays
-ZERO_SHOT = 0.15  # right, when asked without reasoning to follow: a model that sees but does not know the label set
+ZERO_SHOT = (
+    0.15  # right, when asked without reasoning to follow: a model that sees but does not know the label set
+)
 
 REFUSAL = "I'm sorry, I can't assist with that."
 BLIND = "I cannot make out this image."
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--ready-file", help="the base URL is written here once the server listens [ours]")
     parser.add_argument("--seed", type=int, default=0, help="of its faults [ours]")
     parser.add_argument("--port", type=int, default=0, help="0: any free one [ours]")
@@ -107,12 +111,17 @@ def distill(fields, scene, rng):
 
 def misread(scene, rng):
     """The scene with both colours and the time of day mistaken."""
-    recolour = [f._replace(colour=rng.choice([c for c in world.COLOURS if c != f.colour])) for f in (scene.left, scene.right)]
+    recolour = [
+        f._replace(colour=rng.choice([c for c in world.COLOURS if c != f.colour]))
+        for f in (scene.left, scene.right)
+    ]
     return scene._replace(left=recolour[0], right=recolour[1], night=not scene.night)
 
 
 def other_scene(names, scene, rng):
-    return rng.choice([other for other in world.scenes() if other != scene and world.fits(names, other)] or [scene])
+    return rng.choice(
+        [other for other in world.scenes() if other != scene and world.fits(names, other)] or [scene]
+    )
 
 
 def repredict(fields, scene, rng):
@@ -160,7 +169,14 @@ def judge(text, chain, scene):
 
 
 MENTION = re.compile(
-    "|".join((*(str(world.Figure(kind, colour)) for kind in world.TYPE for colour in world.COLOURS), *world.SIGNS, "Day", "Night"))
+    "|".join(
+        (
+            *(str(world.Figure(kind, colour)) for kind in world.TYPE for colour in world.COLOURS),
+            *world.SIGNS,
+            "Day",
+            "Night",
+        )
+    )
 )
 
 
@@ -175,7 +191,9 @@ def direct(fields, scene, rng):
     if rng.random() < ZERO_SHOT:
         return common.format_answer([q for q, _ in world.read(names, scene)])
     guesses = [(rng.choice(common.TYPES), rng.choice(common.TYPES), rng.choice(common.RELATIONS))]
-    return common.format_answer([common.quintuple(a, t1, b, t2, r) for a, b, (t1, t2, r) in zip(names, names[1:], guesses)])
+    return common.format_answer(
+        [common.quintuple(a, t1, b, t2, r) for a, b, (t1, t2, r) in zip(names, names[1:], guesses)]
+    )
 
 
 def reason(fields, scene, rng):
@@ -214,7 +232,9 @@ def read_request(body):
     try:
         messages = body["messages"]
         contents = [m["content"] for m in messages]
-        parts = [part for c in contents for part in ([{"type": "text", "text": c}] if isinstance(c, str) else c)]
+        parts = [
+            part for c in contents for part in ([{"type": "text", "text": c}] if isinstance(c, str) else c)
+        ]
         prompt = "\n".join(part["text"] for part in parts if part["type"] == "text")
         urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
         if not urls:
@@ -239,8 +259,19 @@ def complete(body, seed):
         rng = random.Random(f"{seed}:{body.get('seed')}:{content}:{index}")
         text = BLIND if scene is None or task is None else ANSWER[task](fields, scene, rng)
         cut = bool(text and limit and len(text) > 4 * limit)  # four characters to a token, roughly
-        message = {"role": "assistant", "content": text[: 4 * limit] if cut else text, "refusal": REFUSAL if text is None else None}
-        choices.append({"index": index, "message": message, "logprobs": None, "finish_reason": "length" if cut else "stop"})
+        message = {
+            "role": "assistant",
+            "content": text[: 4 * limit] if cut else text,
+            "refusal": REFUSAL if text is None else None,
+        }
+        choices.append(
+            {
+                "index": index,
+                "message": message,
+                "logprobs": None,
+                "finish_reason": "length" if cut else "stop",
+            }
+        )
         tokens += len(message["content"] or REFUSAL) // 4 + 1
     asked = len(prompt) // 4 + (85 if data else 0)
     return task, {
@@ -261,7 +292,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path.rstrip("/") != "/v1/models":
             return self.fail(404, f"Unknown request URL: GET {self.path}", "unknown_url")
-        return self.reply(200, {"object": "list", "data": [{"id": MODEL, "object": "model", "created": 0, "owned_by": "demo"}]})
+        return self.reply(
+            200,
+            {"object": "list", "data": [{"id": MODEL, "object": "model", "created": 0, "owned_by": "demo"}]},
+        )
 
     def do_POST(self):
         payload = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -279,7 +313,10 @@ class Handler(BaseHTTPRequestHandler):
         return self.reply(200, response)
 
     def fail(self, status, message, code):
-        self.reply(status, {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}})
+        self.reply(
+            status,
+            {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}},
+        )
 
     def reply(self, status, content):
         payload = json.dumps(content).encode()
@@ -312,14 +349,20 @@ def main(args):
     try:
         server = Teacher(args.port, args.seed, args.latency)
     except OSError as error:
-        raise common.InputError(f"port {args.port}: {error.strerror}: choose another --port, or 0 for a free one") from None
+        raise common.InputError(
+            f"port {args.port}: {error.strerror}: choose another --port, or 0 for a free one"
+        ) from None
     try:  # from here on a SIGTERM ends in the line below
         if args.ready_file:
             common.write_atomic(args.ready_file, server.url + "\n")
         print(f"teacher listens on {server.url}", flush=True)
         server.serve_forever()
     finally:
-        print("teacher served", ", ".join(f"{count} {task}" for task, count in sorted(server.served.items())) or "nothing", flush=True)
+        print(
+            "teacher served",
+            ", ".join(f"{count} {task}" for task, count in sorted(server.served.items())) or "nothing",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

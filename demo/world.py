@@ -47,9 +47,19 @@ NAMES = {  # what a name can stand for: most can be several things, and only the
     "loc misc": "Coachella Monaco Wimbledon",
     "per org loc": "Washington Phoenix Lincoln",
 }
-LEXICON = {name: types.split() for types, names in NAMES.items() for name in (names.split("|") if "|" in names else names.split())}
+LEXICON = {
+    name: types.split()
+    for types, names in NAMES.items()
+    for name in (names.split("|") if "|" in names else names.split())
+}
 TEMPLATES = {
-    2: ("RT @fan : {} and {} tonight", "{} x {} # news", "So happy for {} and {} !", "Look : {} with {} again", "{} & {} , what a day"),
+    2: (
+        "RT @fan : {} and {} tonight",
+        "{} x {} # news",
+        "So happy for {} and {} !",
+        "Look : {} with {} again",
+        "{} & {} , what a day",
+    ),
     3: (
         "RT @fan : {} and {} , {} tonight",
         "{} x {} # {}",
@@ -61,10 +71,23 @@ TEMPLATES = {
 
 # ------------------------------------------------------------------------------------------------ scenes
 
-TYPE = {"person": "per", "child": "per", "crest": "org", "city": "loc", "hut": "loc", "trophy": "misc", "stage": "misc"}
+TYPE = {
+    "person": "per",
+    "child": "per",
+    "crest": "org",
+    "city": "loc",
+    "hut": "loc",
+    "trophy": "misc",
+    "stage": "misc",
+}
 COLOURS = {"red": (214, 39, 40), "blue": (31, 100, 220), "green": (30, 150, 60)}
 SIGNS = ("heart", "cap", "ball", "cradle")
-POSTERS = {"crest": "member of", "city": "place of residence", "stage": "present in", "trophy": "awarded"}  # for who wears its colour
+POSTERS = {
+    "crest": "member of",
+    "city": "place of residence",
+    "stage": "present in",
+    "trophy": "awarded",
+}  # for who wears its colour
 RULES = {  # (head's figure, tail's figure, sign): (relation, the clue in words); as drawn either way round, but for equal figures
     ("person", "person", "heart"): ("couple", "a heart"),
     ("person", "person", "cap"): ("alumi", "a cap"),
@@ -112,7 +135,9 @@ def scenes():
     result = []
     for left, right, sign in sorted(orders, key=str):
         people = TYPE[left] == TYPE[right] == "per"
-        choices = itertools.product(figures[left], figures[right], [sign], posters if people else [None], [False, True])
+        choices = itertools.product(
+            figures[left], figures[right], [sign], posters if people else [None], [False, True]
+        )
         result += [Scene(*choice) for choice in choices]
     return result
 
@@ -139,13 +164,20 @@ def read(names, scene):
     for name, figure in named[:2]:
         if len(named) == 3 and figure.colour == scene.poster.colour:
             tail, kind = named[2][0], scene.poster.kind
-            found.append((common.quintuple(name, "per", tail, TYPE[kind], POSTERS[kind]), f"{figure.colour} as the {kind}"))
+            found.append(
+                (
+                    common.quintuple(name, "per", tail, TYPE[kind], POSTERS[kind]),
+                    f"{figure.colour} as the {kind}",
+                )
+            )
     return found
 
 
 def fits(names, scene):
     """Whether each name can be what the scene shows for it. A third name may be absent from the picture, a third figure needs a name."""
-    return len(scene.figures) <= len(names) and all(TYPE[f.kind] in LEXICON[name] for name, f in zip(names, scene.figures))
+    return len(scene.figures) <= len(names) and all(
+        TYPE[f.kind] in LEXICON[name] for name, f in zip(names, scene.figures)
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the chain of thought in words
@@ -155,7 +187,9 @@ def describe(scene):
     above = [f"a {scene.sign} above"] if scene.sign else []
     poster = [f"a poster of a {scene.poster}"] if scene.poster else []
     return (
-        f"{'Night' if scene.night else 'Day'}; left a {scene.left}, right a {scene.right}" + "".join(f", {x}" for x in above + poster) + "."
+        f"{'Night' if scene.night else 'Day'}; left a {scene.left}, right a {scene.right}"
+        + "".join(f", {x}" for x in above + poster)
+        + "."
     )
 
 
@@ -180,7 +214,10 @@ def chain(text, scene, gold=None):
     """
     names = names_in(text)
     clues = dict(read(names, scene))
-    reasoning = " ".join(step(q, clues.get(q, "the tweet")) for q in (clues if gold is None else gold)) or "nothing relates."
+    reasoning = (
+        " ".join(step(q, clues.get(q, "the tweet")) for q in (clues if gold is None else gold))
+        or "nothing relates."
+    )
     return cot(describe(scene), align(names, scene), reasoning)
 
 
@@ -198,7 +235,10 @@ STEP = re.compile(
 def steps(reasoning):
     """Reasoning in words → [(quintuple, clue)]: the inverse of `step`."""
     found = STEP.finditer(reasoning)
-    return [(common.quintuple(m["head"], m["t1"], m["tail"], m["t2"], m["relation"]), m["clue"].strip()) for m in found]
+    return [
+        (common.quintuple(m["head"], m["t1"], m["tail"], m["t2"], m["relation"]), m["clue"].strip())
+        for m in found
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ drawing and looking
@@ -235,7 +275,29 @@ def draw_figure(pen, figure):
             pen.scale *= 0.58
         pen.oval(SKIN, -4, -24, 4, -15.5)
         pen.shape(DARK, -4, -20, -3.5, -24, 0, -25.5, 3.5, -24, 4, -20, 0, -22.5)  # hair
-        pen.shape(colour, -5, -15, 5, -15, 9.5, -6.5, 7, -5.5, 5.5, -8, 5.5, -5, -5.5, -5, -5.5, -8, -7, -5.5, -9.5, -6.5)
+        pen.shape(
+            colour,
+            -5,
+            -15,
+            5,
+            -15,
+            9.5,
+            -6.5,
+            7,
+            -5.5,
+            5.5,
+            -8,
+            5.5,
+            -5,
+            -5.5,
+            -5,
+            -5.5,
+            -8,
+            -7,
+            -5.5,
+            -9.5,
+            -6.5,
+        )
         pen.box(DARK, -4.5, -5, -1, 0)
         pen.box(DARK, 1, -5, 4.5, 0)
     elif figure.kind == "crest":
@@ -260,7 +322,29 @@ def draw_figure(pen, figure):
         pen.box(colour, -7.5, -7, 7.5, 0)
     else:  # stage: curtains, lamps, microphone
         pen.box(DARK, -11, -24, 11, 0)
-        pen.shape(colour, -10, -23, 10, -23, 10, -18.5, 5, -17, 8.5, -3.5, 10, -3.5, -10, -3.5, -8.5, -3.5, -5, -17, -10, -18.5)
+        pen.shape(
+            colour,
+            -10,
+            -23,
+            10,
+            -23,
+            10,
+            -18.5,
+            5,
+            -17,
+            8.5,
+            -3.5,
+            10,
+            -3.5,
+            -10,
+            -3.5,
+            -8.5,
+            -3.5,
+            -5,
+            -17,
+            -10,
+            -18.5,
+        )
         pen.shape(DARK, -4, -16, 4, -16, 6, -4, -6, -4)
         pen.box(WHITE, -0.6, -10, 0.6, -4)
         pen.oval(GOLD, -2, -14, 2, -10)
@@ -308,8 +392,15 @@ def draw(scene, shifts=(0, 0)):
     return image
 
 
-QUARTERS = {"sign": (0, 0, 28, 27), "poster": (28, 0, 56, 27), "left": (0, 28, 28, 56), "right": (28, 28, 56, 56)}
-UNLIKE = 24  # mean difference of a quarter from its best match, of 255, above which a picture is not of this world
+QUARTERS = {
+    "sign": (0, 0, 28, 27),
+    "poster": (28, 0, 56, 27),
+    "left": (0, 28, 28, 56),
+    "right": (28, 28, 56, 56),
+}
+UNLIKE = (
+    24  # mean difference of a quarter from its best match, of 255, above which a picture is not of this world
+)
 
 
 def look(image):
@@ -325,7 +416,9 @@ def look(image):
         index = min(range(len(known)), key=distances.__getitem__)
         distance = distances[index] / len(quarter.tobytes())
         if distance > UNLIKE:
-            raise ValueError(f"the {place} quarter resembles nothing of this world (difference {distance:.0f})")
+            raise ValueError(
+                f"the {place} quarter resembles nothing of this world (difference {distance:.0f})"
+            )
         best[place] = known[index][0]
     return Scene(best["left"], best["right"], best["sign"], best["poster"], night)
 
@@ -335,10 +428,20 @@ def gallery(place, night):
     """[(what, picture of that quarter)] of everything that can stand there."""
     figures = [Figure(kind, colour) for kind in TYPE for colour in COLOURS]
     plain = Scene(figures[0], figures[0], None, None, night)
-    options = {"sign": (None, *SIGNS), "poster": (None, *(f for f in figures if f.kind in POSTERS)), "left": figures, "right": figures}
+    options = {
+        "sign": (None, *SIGNS),
+        "poster": (None, *(f for f in figures if f.kind in POSTERS)),
+        "left": figures,
+        "right": figures,
+    }
     shifts = (-1, 0, 1) if place in ("left", "right") else (0,)
     return [
-        (what, draw(plain._replace(**{place: what}), (shift, shift)).resize((SIDE, SIDE), Image.Resampling.BOX).crop(QUARTERS[place]))
+        (
+            what,
+            draw(plain._replace(**{place: what}), (shift, shift))
+            .resize((SIDE, SIDE), Image.Resampling.BOX)
+            .crop(QUARTERS[place]),
+        )
         for what in options[place]
         for shift in shifts
     ]
@@ -396,10 +499,14 @@ def write(out, sizes, seed=0):
             rng = random.Random(f"{seed}:{name}")
             draw(scene, (rng.randint(-1, 1), rng.randint(-1, 1))).save(out / "img" / f"{name}.png")
             gold = [list(q) for q, _ in read(names_in(text), scene)]
-            lines.append(common.jsonl_line({"id": name, "text": text, "image": f"img/{name}.png", "quintuples": gold}))
+            lines.append(
+                common.jsonl_line({"id": name, "text": text, "image": f"img/{name}.png", "quintuples": gold})
+            )
         common.write_atomic(out / f"{split}.jsonl", "".join(lines))
     Image.new("RGB", (SIDE * UNIT, SIDE * UNIT), "grey").save(out / "img" / "grey.png")
-    common.write_atomic(out / "grey.jsonl", "".join(re.sub(r"img/[\w-]+\.png", "img/grey.png", line) for line in lines))
+    common.write_atomic(
+        out / "grey.jsonl", "".join(re.sub(r"img/[\w-]+\.png", "img/grey.png", line) for line in lines)
+    )
 
 
 def corpus(seed=1, size=1200):
@@ -410,7 +517,9 @@ def corpus(seed=1, size=1200):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--out", required=True, help="folder to write [ours]")
     parser.add_argument("--train", type=int, default=200, help="training examples [ours]")
     parser.add_argument("--val", type=int, default=40, help="validation examples [ours]")
@@ -422,7 +531,9 @@ def parse_args(argv=None):
 @common.cli
 def main(args):
     write(args.out, {"train": args.train, "val": args.val, "test": args.test}, args.seed)
-    print(f"{args.out}: {args.train} training, {args.val} validation, {args.test} test examples (seed {args.seed})")
+    print(
+        f"{args.out}: {args.train} training, {args.val} validation, {args.test} test examples (seed {args.seed})"
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ARCHITECTURES = ("qwen2_5_vl", "llava")
 
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the real annotations are not here: {DATA} (JMERE and MNRE text)")
+needs_data = pytest.mark.skipif(
+    not DATA.is_dir(), reason=f"the real annotations are not here: {DATA} (JMERE and MNRE text)"
+)
 
 
 def stage(name):
@@ -31,8 +33,17 @@ def run_script(*command, ranks=None, fails=False, env=None):
     else:
         command = [sys.executable, *command]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PATH": path, **(env or {})}, timeout=900)
-    assert (done.returncode != 0) == fails, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": path, **(env or {})},
+        timeout=900,
+    )
+    assert (done.returncode != 0) == fails, (
+        f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+    )
     assert fails is False or "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout, done.stderr
 

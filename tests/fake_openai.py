@@ -10,7 +10,13 @@ import json
 import threading
 
 RATE_LIMIT = {"error": {"message": "Rate limit reached", "type": "requests", "code": "rate_limit_exceeded"}}
-QUOTA = {"error": {"message": "You exceeded your quota", "type": "insufficient_quota", "code": "insufficient_quota"}}
+QUOTA = {
+    "error": {
+        "message": "You exceeded your quota",
+        "type": "insufficient_quota",
+        "code": "insufficient_quota",
+    }
+}
 FILTER = {"error": {"message": "filtered by policy", "type": None, "code": "content_filter"}}
 FAULTS = {  # name: (status, headers, body); the others are written out in _handle
     "429": (429, {}, RATE_LIMIT), "429-ms": (429, {"retry-after-ms": "300", "retry-after": "9"}, RATE_LIMIT),
@@ -21,17 +27,26 @@ FAULTS = {  # name: (status, headers, body); the others are written out in _hand
     "no-choices": (200, {}, {"choices": [], "model": "fake"}), "list": (200, {}, []),
     "null-message": (200, {}, {"choices": [{"message": None}]}),
 }  # fmt: skip
-FAULTS |= {str(code): (code, {}, {"error": {"message": f"refused with {code}"}}) for code in (400, 401, 402, 403, 404, 408, 409, 413, 422)}
+FAULTS |= {
+    str(code): (code, {}, {"error": {"message": f"refused with {code}"}})
+    for code in (400, 401, 402, 403, 404, 408, 409, 413, 422)
+}
 FAULTS |= {str(code): (code, {}, b"upstream broke") for code in (500, 502, 503)}
 
 
 class FakeOpenAI:
     def __init__(self, answer, faults=(), latency=0.0, headers=None):
         self.answer, self.latency, self.headers = answer, latency, headers or {}
-        self.fault = faults if callable(faults) else lambda number: faults[number] if number < len(faults) else None
+        self.fault = (
+            faults if callable(faults) else lambda number: faults[number] if number < len(faults) else None
+        )
         self.files, self.batches, self.batch_lines = {}, {}, 0
         self.batch_fault, self.lose_next_batch_reply = lambda number: None, False
-        self.requests, self.in_flight, self.most_in_flight = [], 0, 0  # requests: (time, prompt, n asked, fault, answered?)
+        self.requests, self.in_flight, self.most_in_flight = (
+            [],
+            0,
+            0,
+        )  # requests: (time, prompt, n asked, fault, answered?)
 
     def __enter__(self):
         started = threading.Event()
@@ -80,7 +95,14 @@ class FakeOpenAI:
         prompt = next(part["text"] for part in body["messages"][0]["content"] if part["type"] == "text")
         fault, at = self.fault(len(self.requests)), len(self.requests)
         self.requests.append(
-            {"time": self.loop.time(), "prompt": prompt, "body": body, "headers": headers, "fault": fault, "answered": False}
+            {
+                "time": self.loop.time(),
+                "prompt": prompt,
+                "body": body,
+                "headers": headers,
+                "fault": fault,
+                "answered": False,
+            }
         )
         await asyncio.sleep(self.latency)
         if fault == "reset":
@@ -92,14 +114,28 @@ class FakeOpenAI:
             return await self._send(writer, *FAULTS[fault])
         answers = self.answer(body, prompt)
         choices = [
-            {"index": i, "finish_reason": "stop", "message": {"role": "assistant", "content": text}} if isinstance(text, str) else text
+            {"index": i, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+            if isinstance(text, str)
+            else text
             for i, text in enumerate(answers)
         ]
-        usage = {"prompt_tokens": 100, "completion_tokens": 10 * len(choices), "total_tokens": 100 + 10 * len(choices)}
-        reply = {"id": f"r{at}", "object": "chat.completion", "model": "fake-1", "choices": choices, "usage": usage}
+        usage = {
+            "prompt_tokens": 100,
+            "completion_tokens": 10 * len(choices),
+            "total_tokens": 100 + 10 * len(choices),
+        }
+        reply = {
+            "id": f"r{at}",
+            "object": "chat.completion",
+            "model": "fake-1",
+            "choices": choices,
+            "usage": usage,
+        }
         if fault == "drip":  # bytes keep coming, no read ever times out
             data = json.dumps(reply).encode()
-            writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(data))
+            writer.write(
+                b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(data)
+            )
             for i in range(len(data)):
                 writer.write(data[i : i + 1])
                 await writer.drain()
@@ -107,7 +143,11 @@ class FakeOpenAI:
             return True
         if fault == "truncated":
             return await self._send(writer, 200, {}, json.dumps(reply).encode()[:-40])
-        extra = {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "300ms"} if fault == "nothing-left" else {}
+        extra = (
+            {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "300ms"}
+            if fault == "nothing-left"
+            else {}
+        )
         await self._send(writer, 200, self.headers | extra, reply)
         self.requests[at]["answered"] = True
         return True
@@ -118,7 +158,9 @@ class FakeOpenAI:
         if kind == "files" and not name:
             body = raw.partition(b'filename="')[2].partition(b"\r\n\r\n")[2].partition(b"\r\n--")[0]
             self.files[f"file-{len(self.files)}"] = body
-            return await self._send(writer, 200, {}, {"id": f"file-{len(self.files) - 1}", "object": "file", "purpose": "batch"})
+            return await self._send(
+                writer, 200, {}, {"id": f"file-{len(self.files) - 1}", "object": "file", "purpose": "batch"}
+            )
         if kind == "files":
             return await self._send(writer, 200, {}, self.files[name.partition("/")[0]])
         if name:
@@ -128,7 +170,12 @@ class FakeOpenAI:
                 self._run_batch(batch)
             return await self._send(writer, 200, {}, batch)
         if not raw:
-            return await self._send(writer, 200, {}, {"object": "list", "data": list(self.batches.values())[::-1], "has_more": False})
+            return await self._send(
+                writer,
+                200,
+                {},
+                {"object": "list", "data": list(self.batches.values())[::-1], "has_more": False},
+            )
         name = f"batch-{len(self.batches)}"
         self.batches[name] = {"id": name, "object": "batch", "status": "in_progress", **json.loads(raw)}
         if self.lose_next_batch_reply:
@@ -141,7 +188,9 @@ class FakeOpenAI:
         output, errors, status = [], [], "completed"
         for line in map(json.loads, self.files[batch["input_file_id"]].splitlines()):
             assert line["method"] == "POST" and line["url"] == "/v1/chat/completions"
-            prompt = next(part["text"] for part in line["body"]["messages"][0]["content"] if part["type"] == "text")
+            prompt = next(
+                part["text"] for part in line["body"]["messages"][0]["content"] if part["type"] == "text"
+            )
             fault, self.batch_lines = self.batch_fault(self.batch_lines), self.batch_lines + 1
             result = {"id": "b", "custom_id": line["custom_id"], "response": None, "error": None}
             if fault == "expired":
@@ -149,10 +198,18 @@ class FakeOpenAI:
                 errors.append({**result, "error": {"code": "batch_expired", "message": "not done in time"}})
             elif fault in FAULTS:
                 code, _, body = FAULTS[fault]
-                errors.append({**result, "response": {"status_code": code, "body": body if isinstance(body, dict) else None}})
+                errors.append(
+                    {
+                        **result,
+                        "response": {"status_code": code, "body": body if isinstance(body, dict) else None},
+                    }
+                )
             elif fault != "missing":
                 texts = self.answer(line["body"], prompt)
-                choices = [{"index": i, "finish_reason": "stop", "message": {"content": t}} for i, t in enumerate(texts)]
+                choices = [
+                    {"index": i, "finish_reason": "stop", "message": {"content": t}}
+                    for i, t in enumerate(texts)
+                ]
                 usage = {"prompt_tokens": 100, "completion_tokens": 10 * len(texts)}
                 body = {"model": "fake-1", "choices": choices, "usage": usage}
                 output.insert(0, {**result, "response": {"status_code": 200, "body": body}})  # in no order
@@ -165,7 +222,11 @@ class FakeOpenAI:
     async def _send(self, writer, status, headers, body):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         lines = {"content-type": "application/json", "content-length": len(data), **headers}
-        head = f"HTTP/1.1 {status} X\r\n" + "".join(f"{name}: {value}\r\n" for name, value in lines.items()) + "\r\n"
+        head = (
+            f"HTTP/1.1 {status} X\r\n"
+            + "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+            + "\r\n"
+        )
         writer.write(head.encode() + data)
         await writer.drain()
         return True

@@ -23,7 +23,12 @@ from zygote import Zygote
 
 from demo import make_base, world
 
-CLOCK = ("seconds", "sampling_seconds", "tokens_per_second", "peak_memory_mib")  # the fields that tell of the machine, not of the run
+CLOCK = (
+    "seconds",
+    "sampling_seconds",
+    "tokens_per_second",
+    "peak_memory_mib",
+)  # the fields that tell of the machine, not of the run
 
 
 def make_inputs(folder, arch="qwen2_5_vl"):
@@ -45,19 +50,58 @@ def make_inputs(folder, arch="qwen2_5_vl"):
         world.main(world.parse_args(["--out", str(folder / "world"), *sizes]))
         rows = [json.loads(line) for line in (folder / "world" / "train.jsonl").read_text().splitlines()]
         cot = "Image Description: a\nVisual-Text Alignment: b\nQuintuple Reasoning: c"
-        (folder / "world" / "sft.jsonl").write_text("".join(json.dumps(row | {"cot": cot}) + "\n" for row in rows))
+        (folder / "world" / "sft.jsonl").write_text(
+            "".join(json.dumps(row | {"cot": cot}) + "\n" for row in rows)
+        )
     names = {name: folder / "world" / f"{name}.jsonl" for name in ("train", "val", "sft")}
     return names | {"model": folder / "tiny"}
 
 
 def command(script, inputs, out, adapter=None):
     """The arguments of a run of six short steps, a validation every second or third, a save every second."""
-    shared = ["--model", inputs["model"], "--val", inputs["val"], "--out", out, "--eval-limit", 3, "--max-new-tokens", 6, "--lr", 1e-3]
+    shared = [
+        "--model",
+        inputs["model"],
+        "--val",
+        inputs["val"],
+        "--out",
+        out,
+        "--eval-limit",
+        3,
+        "--max-new-tokens",
+        6,
+        "--lr",
+        1e-3,
+    ]
     shared += ["--save-every", 2, "--batch-size", 1]
     if script == "03_sft":
-        more = ["--data", inputs["sft"], "--lora-rank", 4, "--lora-alpha", 8, "--lora-dropout", 0.1, "--grad-accum", 2, "--limit", 6]
+        more = [
+            "--data",
+            inputs["sft"],
+            "--lora-rank",
+            4,
+            "--lora-alpha",
+            8,
+            "--lora-dropout",
+            0.1,
+            "--grad-accum",
+            2,
+            "--limit",
+            6,
+        ]
         return [*shared, *more, "--epochs", 2, "--eval-every", 0.7]
-    more = ["--data", inputs["train"], "--adapter", adapter, "--group-size", 3, "--limit", 3, "--log-samples-every", 2]
+    more = [
+        "--data",
+        inputs["train"],
+        "--adapter",
+        adapter,
+        "--group-size",
+        3,
+        "--limit",
+        3,
+        "--log-samples-every",
+        2,
+    ]
     return [*shared, *more, "--epochs", 2, "--eval-every", 1]
 
 
@@ -80,9 +124,15 @@ def contents(out):
         if path.suffix == ".jsonl":
             rows = [json.loads(line) for line in path.read_text().splitlines()]
             found[name] = [{key: value for key, value in row.items() if key not in CLOCK} for row in rows]
-        elif path.name not in ("config.json", ".lock", "curves.png"):  # the pid, OUT itself, and the clock again
+        elif path.name not in (
+            "config.json",
+            ".lock",
+            "curves.png",
+        ):  # the pid, OUT itself, and the clock again
             found[name] = (
-                digest(torch.load(path, weights_only=False)) if path.suffix == ".pt" else hashlib.sha256(path.read_bytes()).hexdigest()
+                digest(torch.load(path, weights_only=False))
+                if path.suffix == ".pt"
+                else hashlib.sha256(path.read_bytes()).hexdigest()
             )
     return found | {"last": (out / "last").resolve().name}
 
@@ -122,8 +172,14 @@ def run(folder, points, seed=0, scripts=("03_sft", "04_grpo"), say=print):
                 got, hits = trial(zygote, script, inputs, folder / f"{script}-killed", adapter, at)
             differ = [name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name)]
             kills, wrong = kills + sum(hits), wrong + bool(differ)
-            say(f"{script} {number + 1:2}: {at} killed {hits} → {'bitwise equal' if not differ else f'DIFFERS in {differ}'}", flush=True)
-        say(f"{script}: {points} trials, {kills} kills, {wrong - before} differ; {len(expected)} things compared", flush=True)
+            say(
+                f"{script} {number + 1:2}: {at} killed {hits} → {'bitwise equal' if not differ else f'DIFFERS in {differ}'}",
+                flush=True,
+            )
+        say(
+            f"{script}: {points} trials, {kills} kills, {wrong - before} differ; {len(expected)} things compared",
+            flush=True,
+        )
         adapter = adapter or whole / "best"
     zygote.close()
     return wrong
@@ -134,7 +190,9 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--points", type=int, default=20, help="kill points a script [ours]")
     parser.add_argument("--seed", type=int, default=0, help="of the kill points [ours]")
     parser.add_argument("--out", default="runs/kills", help="working folder [ours]")

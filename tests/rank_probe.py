@@ -7,7 +7,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if __name__ == "__main__":
-    argv = sorted(sys.argv[1:], key=lambda word: word.startswith("--local_rank"))  # the launcher puts it first
+    argv = sorted(
+        sys.argv[1:], key=lambda word: word.startswith("--local_rank")
+    )  # the launcher puts it first
     patch, script, *argv = argv
     sys.argv[0] = f"{script}.py"
     exec(Path(patch).read_text())

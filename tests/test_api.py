@@ -42,7 +42,21 @@ def ask(server, path, count=1, n=1, finish=lambda row: row, client=None, **optio
     return failed, [row for _, row in common.read_jsonl(path)] if path.stat().st_size else []
 
 
-RETRIED = ["408", "409", "500", "502", "503", "reset", "truncated", "html", "empty", "no-choices", "list", "null-message", "200-error"]
+RETRIED = [
+    "408",
+    "409",
+    "500",
+    "502",
+    "503",
+    "reset",
+    "truncated",
+    "html",
+    "empty",
+    "no-choices",
+    "list",
+    "null-message",
+    "200-error",
+]
 
 
 @pytest.mark.parametrize("fault", [*RETRIED, "429", "429-ms", "429-s"])
@@ -88,7 +102,10 @@ def test_bad_row_is_recorded_and_the_run_goes_on(tmp_path, fault):
 
 
 def test_ten_failures_in_succession_stop(tmp_path):
-    with FakeOpenAI(echo, lambda number: "400" if number != 5 else None) as server, pytest.raises(common.Stopped, match="10 rows failed"):
+    with (
+        FakeOpenAI(echo, lambda number: "400" if number != 5 else None) as server,
+        pytest.raises(common.Stopped, match="10 rows failed"),
+    ):
         ask(server, tmp_path / "o.jsonl", count=50, concurrency=1)
     assert len(server.requests) == 16
 
@@ -99,7 +116,11 @@ def test_gate_holds_all_workers(tmp_path):
         assert ask(server, tmp_path / "o.jsonl", count=12)[0] == 0
     times = [request["time"] for request in server.requests]
     gaps = [later - earlier for earlier, later in zip(times, times[1:])]
-    assert len(times) == 13 and sum(gap > 0.2 for gap in gaps) == 1 and times.index(next(t for t, g in zip(times, gaps) if g > 0.2)) <= 7
+    assert (
+        len(times) == 13
+        and sum(gap > 0.2 for gap in gaps) == 1
+        and times.index(next(t for t, g in zip(times, gaps) if g > 0.2)) <= 7
+    )
 
 
 def test_gate_closes_before_the_limit_is_hit(tmp_path):
@@ -149,7 +170,10 @@ def test_row_tells_where_it_comes_from(tmp_path):
         _, (row,) = ask(server, tmp_path / "o.jsonl", params={"temperature": 0.5})
     assert server.requests[0]["body"].keys() == {"model", "messages", "temperature"}
     assert row["model"] == "m" and row["model_answered"] == "fake-1" and row["params"] == {"temperature": 0.5}
-    assert row["usage"] == {"prompt_tokens": 100, "completion_tokens": 10, "choices": 1} and row["finish_reason"] == "stop"
+    assert (
+        row["usage"] == {"prompt_tokens": 100, "completion_tokens": 10, "choices": 1}
+        and row["finish_reason"] == "stop"
+    )
     assert row["prompt_hash"] and row["image_hash"] is None
 
 
@@ -180,7 +204,9 @@ def test_images_travel_as_they_are_unless_turned(tmp_path):
         return head, base64.b64decode(data)
 
     assert sent(plain) == ("data:image/jpeg;base64", plain.read_bytes())
-    assert sent(turned)[0] == sent(bmp)[0] == "data:image/png;base64" and Image.open(io.BytesIO(sent(turned)[1])).size == (20, 40)
+    assert sent(turned)[0] == sent(bmp)[0] == "data:image/png;base64" and Image.open(
+        io.BytesIO(sent(turned)[1])
+    ).size == (20, 40)
     with pytest.raises(common.CallFailed, match="c.jpg"):
         common.data_url(broken)
     with FakeOpenAI(echo) as server:
@@ -213,7 +239,12 @@ def test_second_writer_is_refused(tmp_path):
 
 def test_key_follows_content(tmp_path):
     client, other = common.ChatClient("m"), common.ChatClient("m", params={"temperature": 1})
-    jobs = [client.job({"id": "a"}, "p"), client.job({"id": "b"}, "p"), client.job({"id": "a"}, "q"), other.job({"id": "a"}, "p")]
+    jobs = [
+        client.job({"id": "a"}, "p"),
+        client.job({"id": "b"}, "p"),
+        client.job({"id": "a"}, "q"),
+        other.job({"id": "a"}, "p"),
+    ]
     assert len({job.key for job in jobs}) == 4
     assert client.job({"id": "a"}, "p") == jobs[0]
 
@@ -248,7 +279,12 @@ main(None)
 
 
 def start(server, path, count):
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, server.url, str(path), str(count)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, server.url, str(path), str(count)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def wait_for(condition):
@@ -283,7 +319,9 @@ def test_second_interrupt_ends(tmp_path):
 def test_kills_and_faults_lose_nothing(tmp_path):
     """500 calls, every fifth at fault, three SIGKILLs: each key once, no fault stored, paid twice ≤ in flight at the kills."""
     names = [*RETRIED, "429", "429-ms"]
-    with FakeOpenAI(echo, lambda i: names[i // 5 % len(names)] if i % 5 == 0 else None, latency=0.02) as server:
+    with FakeOpenAI(
+        echo, lambda i: names[i // 5 % len(names)] if i % 5 == 0 else None, latency=0.02
+    ) as server:
         for goal in (100, 200, 300):
             process = start(server, tmp_path / "o.jsonl", 500)
             wait_for(lambda goal=goal: sum(request["answered"] for request in server.requests) >= goal)

@@ -29,7 +29,9 @@ def ask(server, path, batch, count=7, n=2, **options):
 
 def unordered(path):
     """Rows without what tells how many choices came together: a top-up changes that."""
-    return sorted(({**row, "usage": None} for row in rows_of(path)), key=lambda row: (row["id"], row["candidate"]))
+    return sorted(
+        ({**row, "usage": None} for row in rows_of(path)), key=lambda row: (row["id"], row["candidate"])
+    )
 
 
 def test_same_rows_as_live(tmp_path):
@@ -37,7 +39,9 @@ def test_same_rows_as_live(tmp_path):
     with FakeOpenAI(echo) as server:
         assert ask(server, live, None) == 0
         assert ask(server, batched, "submit") == 0 and not rows_of(batched)
-        assert len(server.batches) == 1 and ask(server, batched, "submit") == 0 and len(server.batches) == 1  # not sent twice
+        assert (
+            len(server.batches) == 1 and ask(server, batched, "submit") == 0 and len(server.batches) == 1
+        )  # not sent twice
         assert ask(server, batched, "collect") == 0
         assert sorted(map(str, rows_of(live))) == sorted(map(str, rows_of(batched)))
         assert ask(server, batched, "collect") == 0 and len(server.batches) == 1  # nothing left to do
@@ -50,7 +54,9 @@ def test_lost_expired_and_failed_lines_are_sent_again(tmp_path):
     with FakeOpenAI(echo) as server:
         server.batch_fault = lambda number: faults[number] if number < len(faults) else None
         assert ask(server, tmp_path / "o.jsonl", "collect", count=8) == 2
-        assert [len(server.files[batch["input_file_id"]].splitlines()) for batch in server.batches.values()] == [8, 4]
+        assert [
+            len(server.files[batch["input_file_id"]].splitlines()) for batch in server.batches.values()
+        ] == [8, 4]
     rows = unordered(tmp_path / "o.jsonl")
     assert [row["id"] for row in rows] == [f"j{i}" for i in (0, 0, 1, 1, 2, 2, 3, 3, 5, 5, 6, 6)]
     assert {row["status"] for row in rows if row["id"] == "j5"} == {"content_filter"}
@@ -67,7 +73,9 @@ def test_a_line_that_never_comes_has_an_end(tmp_path):
 def test_fewer_choices_are_topped_up(tmp_path):
     with FakeOpenAI(lambda body, prompt: ["a"]) as server:
         assert ask(server, tmp_path / "o.jsonl", "collect", count=3, n=2) == 0
-    assert [(row["id"], row["candidate"]) for row in unordered(tmp_path / "o.jsonl")] == [(f"j{i}", k) for i in range(3) for k in (0, 1)]
+    assert [(row["id"], row["candidate"]) for row in unordered(tmp_path / "o.jsonl")] == [
+        (f"j{i}", k) for i in range(3) for k in (0, 1)
+    ]
 
 
 @pytest.mark.parametrize("limits, sizes", [((3, 10**6), [3, 3, 1]), ((99, 450), [2, 2, 2, 1])])
@@ -102,7 +110,10 @@ def test_batch_budget(tmp_path):
 def test_refused_batch_stops_and_is_sent_again(tmp_path):
     with FakeOpenAI(echo) as server:
         assert ask(server, tmp_path / "o.jsonl", "submit") == 0
-        server.batches["batch-0"] |= {"status": "failed", "errors": {"data": [{"code": "token_limit_exceeded", "message": "too many"}]}}
+        server.batches["batch-0"] |= {
+            "status": "failed",
+            "errors": {"data": [{"code": "token_limit_exceeded", "message": "too many"}]},
+        }
         with pytest.raises(common.Stopped, match="too many"):
             ask(server, tmp_path / "o.jsonl", "collect")
         assert ask(server, tmp_path / "o.jsonl", "collect") == 0
@@ -124,9 +135,23 @@ def test_both_scripts(data):  # noqa: F811
 
         for name, flags in (("live", [[]]), ("batched", [["--batch", "submit"], ["--batch", "collect"]])):
             for flag in flags:
-                stage("01_distill.py", "--data", data / "train.jsonl", "--out", data / f"{name}.cot.jsonl", *flag)
+                stage(
+                    "01_distill.py",
+                    "--data",
+                    data / "train.jsonl",
+                    "--out",
+                    data / f"{name}.cot.jsonl",
+                    *flag,
+                )
             for flag in flags:
-                stage("02_filter.py", "--cot", data / f"{name}.cot.jsonl", "--out", data / f"{name}.sft.jsonl", *flag)
+                stage(
+                    "02_filter.py",
+                    "--cot",
+                    data / f"{name}.cot.jsonl",
+                    "--out",
+                    data / f"{name}.sft.jsonl",
+                    *flag,
+                )
                 assert "submit" not in flag or not (data / "batched.sft.jsonl").exists()
             live_calls = live_calls or len(server.requests)
         assert len(server.requests) == live_calls and len(server.batches) == 3

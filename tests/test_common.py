@@ -23,18 +23,24 @@ def think(answer):
 
 
 @needs_data
-@pytest.mark.parametrize(("split", "examples", "quintuples"), [("train", 3618, 4503), ("val", 496, 624), ("test", 475, 640)])
+@pytest.mark.parametrize(
+    ("split", "examples", "quintuples"), [("train", 3618, 4503), ("val", 496, 624), ("test", 475, 640)]
+)
 def test_both_releases_give_the_papers_split(split, examples, quintuples):
     jmere = common.load_examples(DATA / "jmere" / f"{split}.json", image_dir="img")
     mnre = common.load_examples(DATA / "mnre" / f"mnre_{split}.txt", image_dir="img")
     assert len(jmere) == examples and sum(len(x.quintuples) for x in jmere) == quintuples
-    assert [(x.id, x.text, x.image, x.quintuples) for x in jmere] == [(x.id, x.text, x.image, x.quintuples) for x in mnre]
+    assert [(x.id, x.text, x.image, x.quintuples) for x in jmere] == [
+        (x.id, x.text, x.image, x.quintuples) for x in mnre
+    ]
     assert len({x.id for x in jmere}) == examples
     rows = json.loads((DATA / "jmere" / f"{split}.json").read_text())
     assert [x.text for x in jmere] == [" ".join(row["token"]) for row in rows]
     merged = common.load_examples(DATA / "jmere" / f"{split}.json", merge_repeats=True)
     assert len(merged) == len({(x.text, x.image) for x in jmere}) < examples
-    assert sum(len(x.quintuples) for x in merged) == len({(x.text, x.image, q) for x in jmere for q in x.quintuples})
+    assert sum(len(x.quintuples) for x in merged) == len(
+        {(x.text, x.image, q) for x in jmere for q in x.quintuples}
+    )
 
 
 @needs_data
@@ -48,9 +54,16 @@ def test_every_real_quintuple_survives_format_and_parse():
                 common.parse_response(common.format_response("x", example.quintuples)),
             )
             for response in (direct, reasoned):
-                assert (response.quintuples, response.malformed, response.well_formed) == (example.quintuples, 0, True)
+                assert (response.quintuples, response.malformed, response.well_formed) == (
+                    example.quintuples,
+                    0,
+                    True,
+                )
             assert '["' not in answer  # the plain form is enough for every real name
-            assert common.reward(common.format_response("x", example.quintuples), example.quintuples).accuracy == 1
+            assert (
+                common.reward(common.format_response("x", example.quintuples), example.quintuples).accuracy
+                == 1
+            )
             seen += len(example.quintuples)
     assert seen == 5767
 
@@ -61,11 +74,25 @@ def test_mnre_rule_by_hand(tmp_path):
         return repr({"token": text.split(), "h": end, "t": end, "img_id": "i.jpg", "relation": relation})
 
     typed, untyped = "/per/org/member_of", "None"
-    lines = [line("a b", untyped), line("a b", typed), line("a b", typed), line("a b", untyped), line("a b", typed), line("c d", typed)]
+    lines = [
+        line("a b", untyped),
+        line("a b", typed),
+        line("a b", typed),
+        line("a b", untyped),
+        line("a b", typed),
+        line("c d", typed),
+    ]
     (tmp_path / "m.txt").write_text("\n".join([*lines, line("c d", untyped), line("e f", untyped)]) + "\n")
     examples = common.load_examples(tmp_path / "m.txt")
-    assert [(x.id, x.text, len(x.quintuples)) for x in examples] == [("i", "a b", 2), ("i-2", "a b", 1), ("i-3", "c d", 1)]
-    assert [len(x.quintuples) for x in common.load_examples(tmp_path / "m.txt", merge_repeats=True)] == [1, 1]  # repeats of one quintuple
+    assert [(x.id, x.text, len(x.quintuples)) for x in examples] == [
+        ("i", "a b", 2),
+        ("i-2", "a b", 1),
+        ("i-3", "c d", 1),
+    ]
+    assert [len(x.quintuples) for x in common.load_examples(tmp_path / "m.txt", merge_repeats=True)] == [
+        1,
+        1,
+    ]  # repeats of one quintuple
 
 
 ROW = {"id": "a", "text": "t", "image": "a.png", "quintuples": [["A", "per", "B", "org", "member_of"]]}
@@ -77,11 +104,23 @@ ROW = {"id": "a", "text": "t", "image": "a.png", "quintuples": [["A", "per", "B"
         ([json.dumps(ROW), "{broken"], (), "rows.jsonl:2: not JSON"),
         ([json.dumps(ROW), json.dumps(ROW)], (), "rows.jsonl:2: id a stands already at"),
         ([json.dumps(ROW)], ("cot",), "rows.jsonl:1: missing 'cot' (made by 01_distill.py)"),
-        ([json.dumps({k: v for k, v in ROW.items() if k != "quintuples"})], ("quintuples",), "rows.jsonl:1: missing 'quintuples'"),
+        (
+            [json.dumps({k: v for k, v in ROW.items() if k != "quintuples"})],
+            ("quintuples",),
+            "rows.jsonl:1: missing 'quintuples'",
+        ),
         ([json.dumps({**ROW, "image": ""})], (), "rows.jsonl:1: missing 'image'"),
         ([json.dumps({**ROW, "text": 3})], (), "'text' is a int, expected a string"),
-        ([json.dumps({**ROW, "quintuples": [["A", "per", "B", "org"]]})], (), "expected five non-empty strings"),
-        ([json.dumps({**ROW, "quintuples": [["A", "animal", "B", "org", "peer"]]})], (), "unknown label 'animal'"),
+        (
+            [json.dumps({**ROW, "quintuples": [["A", "per", "B", "org"]]})],
+            (),
+            "expected five non-empty strings",
+        ),
+        (
+            [json.dumps({**ROW, "quintuples": [["A", "animal", "B", "org", "peer"]]})],
+            (),
+            "unknown label 'animal'",
+        ),
         ([json.dumps([1])[1:-1]], (), "rows.jsonl:1: found a JSON int"),
         ([json.dumps({**ROW, "text": "\ud83d"})], (), "rows.jsonl:1: holds half a character"),
         (["{'token': ['a'], 'relation': 'None'"], (), "rows.jsonl:1: not an MNRE line"),
@@ -98,13 +137,17 @@ def test_wrong_line_is_named(tmp_path, lines, need, message):
 
 
 def test_skip_bad_counts(tmp_path, capsys):
-    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(ROW)}\n{{broken\n{json.dumps({**ROW, 'id': 'b', 'text': None})}\n")
+    (tmp_path / "rows.jsonl").write_text(
+        f"{json.dumps(ROW)}\n{{broken\n{json.dumps({**ROW, 'id': 'b', 'text': None})}\n"
+    )
     assert [x.id for x in common.load_examples(tmp_path / "rows.jsonl", skip_bad=True)] == ["a"]
     assert "2 bad rows skipped, 1 kept" in capsys.readouterr().err
 
 
 def test_lines_end_at_newline_alone(tmp_path):
-    (tmp_path / "rows.jsonl").write_text(json.dumps({**ROW, "text": "a\u2028b\x85c"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text(
+        json.dumps({**ROW, "text": "a\u2028b\x85c"}, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     assert common.load_examples(tmp_path / "rows.jsonl")[0].text == "a\u2028b\x85c"
 
 
@@ -119,25 +162,57 @@ def test_images_are_found_checked_and_named(tmp_path):
     rows = [{**ROW, "id": name, "image": name} for name in names]
     (tmp_path / "rows.jsonl").write_text("".join(map(common.jsonl_line, rows)))
     examples = common.load_examples(tmp_path / "rows.jsonl", tmp_path / "img")
-    with pytest.raises(InputError, match=r"2 of 3 images cannot be used: torn.png: .*gone.png: .*no such file"):
+    with pytest.raises(
+        InputError, match=r"2 of 3 images cannot be used: torn.png: .*gone.png: .*no such file"
+    ):
         common.check_images(examples)
     assert [x.id for x in common.check_images(examples, skip_bad=True)] == ["good.png"]
     row = common.to_row(examples[0], tmp_path / "runs" / "cot.jsonl")
     assert (
         row["image"] == "../img/good.png"
-        and common.load_examples(tmp_path / "rows.jsonl", tmp_path / "img")[0].quintuples[0].relation == "member of"
+        and common.load_examples(tmp_path / "rows.jsonl", tmp_path / "img")[0].quintuples[0].relation
+        == "member of"
     )
 
 
 # ------------------------------------------------------------------------------------------------ answers
 
-text_field = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).map(common.normalise_text).filter(bool)
+text_field = (
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1).map(common.normalise_text).filter(bool)
+)
 nasty = st.lists(
-    st.sampled_from(["per", ", ", "]", "[", '"', "'", ";", "(", ")", "a", "</answer>", "<think>", "```", " ", "-", "\\", "{", "*", "org"])
+    st.sampled_from(
+        [
+            "per",
+            ", ",
+            "]",
+            "[",
+            '"',
+            "'",
+            ";",
+            "(",
+            ")",
+            "a",
+            "</answer>",
+            "<think>",
+            "```",
+            " ",
+            "-",
+            "\\",
+            "{",
+            "*",
+            "org",
+        ]
+    )
 )
 entity = st.one_of(text_field, nasty.map("".join).map(common.normalise_text).filter(bool))
 quintuples = st.builds(
-    quintuple, entity, st.sampled_from(common.TYPES), entity, st.sampled_from(common.TYPES), st.sampled_from(common.RELATIONS)
+    quintuple,
+    entity,
+    st.sampled_from(common.TYPES),
+    entity,
+    st.sampled_from(common.TYPES),
+    st.sampled_from(common.RELATIONS),
 )
 
 
@@ -175,7 +250,10 @@ def test_any_text_parses(text, direct):
     ],
 )
 def test_what_real_models_write(answer):
-    expected = (quintuple("A", "per", "B", "org", "member of"), quintuple("C, D", "loc", "E", "misc", "held on"))
+    expected = (
+        quintuple("A", "per", "B", "org", "member of"),
+        quintuple("C, D", "loc", "E", "misc", "held on"),
+    )
     for response in (common.parse_response(answer, direct=True), common.parse_response(think(answer))):
         assert (response.quintuples, response.malformed) == (expected, 0)
 
@@ -228,7 +306,9 @@ def test_direct_answers():
         response = common.parse_response(text, direct=True)
         assert response.well_formed and len(response.quintuples) == 1
     assert not common.parse_response("<think>x</think><answer>[]</answer>", direct=True).well_formed
-    assert common.parse_response("[A, per, B, org, peer]").quintuples == ()  # reasoning asked for, no answer given
+    assert (
+        common.parse_response("[A, per, B, org, peer]").quintuples == ()
+    )  # reasoning asked for, no answer given
 
 
 PIECES = [
@@ -271,7 +351,12 @@ def test_parsing_time_grows_linearly():
 def test_mp_cot_has_three_parts():
     good = "Image Description: a\nVisual-Text Alignment: b\nQuintuple Reasoning: c"
     assert common.parse_cot(good) == good
-    assert common.parse_cot("### 1. **Image Description**:\na\n\n**Visual-Text Alignment:** b\n3. Quintuple Reasoning: c") == good
+    assert (
+        common.parse_cot(
+            "### 1. **Image Description**:\na\n\n**Visual-Text Alignment:** b\n3. Quintuple Reasoning: c"
+        )
+        == good
+    )
     for bad in (
         good.replace("b", ""),
         good.rpartition("\n")[0],
@@ -284,7 +369,13 @@ def test_mp_cot_has_three_parts():
 
 def test_prompts_hold_what_the_paper_says():
     fill = {"text": "T {x} %s", "gold": "G", "cot": "C"}
-    for prompt in (common.DISTILL_PROMPT, common.REPREDICT_PROMPT, common.SCORE_PROMPT, common.REASON_PROMPT, common.DIRECT_PROMPT):
+    for prompt in (
+        common.DISTILL_PROMPT,
+        common.REPREDICT_PROMPT,
+        common.SCORE_PROMPT,
+        common.REASON_PROMPT,
+        common.DIRECT_PROMPT,
+    ):
         assert "T {x} %s" in prompt.format(**fill)
     for prompt in (common.REPREDICT_PROMPT, common.REASON_PROMPT, common.DIRECT_PROMPT):
         assert all(label in prompt for label in (*common.TYPES, *common.RELATIONS)) and "{gold}" not in prompt
@@ -299,14 +390,22 @@ def test_prompts_hold_what_the_paper_says():
 @pytest.mark.parametrize(
     ("text", "gold", "expected"),  # total, accuracy, partial, format
     [
-        (think("[Josh Gordon, per, Browns, org, peer]"), GOLD, (0.2 * 1.657143 + 0.1, 0, 1.657143, 1)),  # SPEC §5: w = 4, ED = 6 of 42
+        (
+            think("[Josh Gordon, per, Browns, org, peer]"),
+            GOLD,
+            (0.2 * 1.657143 + 0.1, 0, 1.657143, 1),
+        ),  # SPEC §5: w = 4, ED = 6 of 42
         (think("[Josh Gordon, per, Browns, org, member of]"), GOLD, (1.5, 1, 2, 1)),
         (think("[]"), [], (1.5, 1, 2, 1)),
         (think(""), GOLD, (0.1, 0, 0, 1)),
         (think("[Josh Gordon, per, Browns, org]"), GOLD, (0.1, 0, 0, 1)),
         ("[Josh Gordon, per, Browns, org, member of]", GOLD, (0, 0, 0, 0)),
         # a repeat: n = 2, c = 1 → 2/3; w = 5, 5n = 10; 42 characters against 85 → ED 43
-        (think(common.format_answer(GOLD * 2)), GOLD, (2 / 3 + 0.2 * (0.5 + 42 / 85) + 0.1, 2 / 3, 0.5 + 42 / 85, 1)),
+        (
+            think(common.format_answer(GOLD * 2)),
+            GOLD,
+            (2 / 3 + 0.2 * (0.5 + 42 / 85) + 0.1, 2 / 3, 0.5 + 42 / 85, 1),
+        ),
         # nothing to find, one thing said: accuracy 0; w = 0; "[]" against 42 characters: ED 40
         (think(common.format_answer(GOLD)), [], (0.2 * 2 / 42 + 0.1, 0, 2 / 42, 1)),
     ],
@@ -328,14 +427,20 @@ few = st.builds(Quintuple, *[st.sampled_from("ab")] * 5)
 @settings(max_examples=400, deadline=None)
 def test_matched_components_equals_brute_force(pred, gold):
     short, long = sorted((pred, gold), key=len)
-    best = max(sum(a == b for p, g in zip(short, chosen) for a, b in zip(p, g)) for chosen in itertools.permutations(long, len(short)))
+    best = max(
+        sum(a == b for p, g in zip(short, chosen) for a, b in zip(p, g))
+        for chosen in itertools.permutations(long, len(short))
+    )
     assert common.matched_components(pred, gold) == best
 
 
 @given(st.lists(quintuples, max_size=3), st.lists(quintuples, max_size=3))
 @settings(max_examples=200, deadline=None)
 def test_reward_stays_in_range_and_is_highest_for_gold(pred, gold):
-    r, best = common.reward(think(common.format_answer(pred)), gold), common.reward(think(common.format_answer(gold)), gold)
+    r, best = (
+        common.reward(think(common.format_answer(pred)), gold),
+        common.reward(think(common.format_answer(gold)), gold),
+    )
     assert 0 <= r.accuracy <= 1 and 0 <= r.partial <= 2 and r.format == 1 and r.total <= best.total + 1e-9
 
 
@@ -345,9 +450,30 @@ def test_reward_stays_in_range_and_is_highest_for_gold(pred, gold):
 def test_score_by_hand():
     ab, ba, ac = (quintuple(h, "per", t, "per", "peer") for h, t in ("AB", "BA", "AC"))
     result = common.score([[ab, ab, ac], [], [ba]], [[ab], [ac], [ab]])
-    assert result["jmere"] == {"precision": 1 / 3, "recall": 1 / 3, "f1": 1 / 3, "tp": 1, "pred": 3, "gold": 3}
-    assert result["jmere_undirected"] == {"precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "tp": 2, "pred": 3, "gold": 3}
-    assert result["mner"] == {"precision": 4 / 5, "recall": 4 / 6, "f1": 8 / 11, "tp": 4, "pred": 5, "gold": 6}
+    assert result["jmere"] == {
+        "precision": 1 / 3,
+        "recall": 1 / 3,
+        "f1": 1 / 3,
+        "tp": 1,
+        "pred": 3,
+        "gold": 3,
+    }
+    assert result["jmere_undirected"] == {
+        "precision": 2 / 3,
+        "recall": 2 / 3,
+        "f1": 2 / 3,
+        "tp": 2,
+        "pred": 3,
+        "gold": 3,
+    }
+    assert result["mner"] == {
+        "precision": 4 / 5,
+        "recall": 4 / 6,
+        "f1": 8 / 11,
+        "tp": 4,
+        "pred": 5,
+        "gold": 6,
+    }
     assert common.score([[]], [[]])["jmere"]["f1"] == 0
     with pytest.raises(ValueError):
         common.score([[]], [])

@@ -67,15 +67,27 @@ def test_rules_stay_in_the_label_set_and_are_rich_enough():
 def test_direction_and_type_come_from_the_picture():
     red, blue = world.Figure("person", "red"), world.Figure("child", "blue")
     scene = world.Scene(red, blue, None, None, False)
-    assert [tuple(q) for q, _ in world.read(["Paris", "Emma"], scene)] == [("Paris", "per", "Emma", "per", "parent")]
+    assert [tuple(q) for q, _ in world.read(["Paris", "Emma"], scene)] == [
+        ("Paris", "per", "Emma", "per", "parent")
+    ]
     turned = scene._replace(left=blue, right=red)
-    assert [tuple(q) for q, _ in world.read(["Paris", "Emma"], turned)] == [("Emma", "per", "Paris", "per", "parent")]
+    assert [tuple(q) for q, _ in world.read(["Paris", "Emma"], turned)] == [
+        ("Emma", "per", "Paris", "per", "parent")
+    ]
     city = scene._replace(left=world.Figure("city", "red"), right=red)
-    assert [tuple(q) for q, _ in world.read(["Paris", "Emma"], city)] == [("Emma", "per", "Paris", "loc", "place of residence")]
+    assert [tuple(q) for q, _ in world.read(["Paris", "Emma"], city)] == [
+        ("Emma", "per", "Paris", "loc", "place of residence")
+    ]
 
 
 def test_only_who_wears_the_colour_of_the_poster_has_to_do_with_it():
-    scene = world.Scene(world.Figure("person", "red"), world.Figure("person", "blue"), "heart", world.Figure("crest", "blue"), True)
+    scene = world.Scene(
+        world.Figure("person", "red"),
+        world.Figure("person", "blue"),
+        "heart",
+        world.Figure("crest", "blue"),
+        True,
+    )
     found = [tuple(q) for q, _ in world.read(["Emma", "Noah", "Nike"], scene)]
     assert found == [("Emma", "per", "Noah", "per", "couple"), ("Noah", "per", "Nike", "org", "member of")]
 
@@ -85,18 +97,24 @@ def test_written_world_loads_and_the_image_decides(tmp_path):
     world.write(tmp_path, sizes)
     pairs, relations, types, counts = {}, set(), set(), set()
     for split, size in sizes.items():
-        examples = common.check_images(common.load_examples(tmp_path / f"{split}.jsonl", need=("quintuples",)))
+        examples = common.check_images(
+            common.load_examples(tmp_path / f"{split}.jsonl", need=("quintuples",))
+        )
         assert len(examples) == size
         golds = defaultdict(set)
         for example in examples:
             scene = world.look(common.load_image(example.image))
             assert example.quintuples == tuple(q for q, _ in world.read(world.names_in(example.text), scene))
-            assert pairs.setdefault((example.text, scene), split) == split, "one (text, picture) in two splits"
+            assert pairs.setdefault((example.text, scene), split) == split, (
+                "one (text, picture) in two splits"
+            )
             golds[example.text].add(example.quintuples)
             relations |= {q.relation for q in example.quintuples}
             types |= {label for _, label in common.entities(example.quintuples)}
             counts.add(len(example.quintuples))
-        assert all(len(found) >= 2 for found in golds.values()), "a text whose gold does not depend on its picture"
+        assert all(len(found) >= 2 for found in golds.values()), (
+            "a text whose gold does not depend on its picture"
+        )
     assert len(relations) >= 8
     assert types == set(common.TYPES)
     assert counts == {1, 2, 3}
@@ -104,7 +122,10 @@ def test_written_world_loads_and_the_image_decides(tmp_path):
 
 def test_grey_control_keeps_texts_and_gold_and_hides_the_picture(tmp_path):
     world.write(tmp_path, {"train": 4, "test": 8})
-    test, grey = ([json.loads(line) for line in (tmp_path / name).read_text().splitlines()] for name in ("test.jsonl", "grey.jsonl"))
+    test, grey = (
+        [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        for name in ("test.jsonl", "grey.jsonl")
+    )
     assert [{**row, "image": "img/grey.png"} for row in test] == grey
     assert len(Image.open(tmp_path / "img" / "grey.png").getcolors()) == 1
 
@@ -136,13 +157,17 @@ def gold_of(text, scene):
 def ask(prompt, scene, n=1, seed=0, **more):
     url = "data:image/png;base64," + base64.b64encode(encode(world.draw(scene))).decode()
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompt}]
-    task, response = teacher.complete({"messages": [{"role": "user", "content": content}], "n": n, **more}, seed)
+    task, response = teacher.complete(
+        {"messages": [{"role": "user", "content": content}], "n": n, **more}, seed
+    )
     return task, [choice["message"] for choice in response["choices"]]
 
 
 def distilled(n=5):
     for text, scene in PAIRS:
-        task, messages = ask(common.DISTILL_PROMPT.format(text=text, gold=common.format_answer(gold_of(text, scene))), scene, n)
+        task, messages = ask(
+            common.DISTILL_PROMPT.format(text=text, gold=common.format_answer(gold_of(text, scene))), scene, n
+        )
         assert task == "distill"
         yield from ((text, scene, message) for message in messages)
 
@@ -178,18 +203,25 @@ def test_reprediction_follows_the_reasoning_not_the_picture():
         other = next(s for t, s in PAIRS if t == text and gold_of(text, s) != gold_of(text, scene))
         task, [message] = ask(common.REPREDICT_PROMPT.format(text=text, cot=world.chain(text, other)), scene)
         assert task == "repredict"
-        slipped += common.parse_response(message["content"], direct=True).quintuples != tuple(gold_of(text, other))
+        slipped += common.parse_response(message["content"], direct=True).quintuples != tuple(
+            gold_of(text, other)
+        )
     assert 0 < slipped < 0.15 * len(PAIRS)
 
 
 def test_judge_takes_points_for_what_is_wrong():
-    text, scene = "Emma x Noah # Nike", world.Scene(world.Figure("person", "red"), world.Figure("person", "blue"), "heart", None, True)
+    text, scene = (
+        "Emma x Noah # Nike",
+        world.Scene(world.Figure("person", "red"), world.Figure("person", "blue"), "heart", None, True),
+    )
     full = [most for _, _, most in common.SCORE_RULES]
     good = world.chain(text, scene)
     assert teacher.judge(text, good, scene) == full
     description, alignment, reasoning = good.split("\n")
     assert teacher.judge(text, good.replace("a heart above", "a cap above"), scene)[:2] == [1, 1]
-    assert teacher.judge(text, "\n".join([description, "Visual-Text Alignment: it fits.", reasoning]), scene)[2:4] == [0, 0]
+    assert teacher.judge(text, "\n".join([description, "Visual-Text Alignment: it fits.", reasoning]), scene)[
+        2:4
+    ] == [0, 0]
     assert teacher.judge(text, good.replace("Emma (per) couple", "Emma (per) peer"), scene)[4:] == [1, 0]
     assert teacher.judge(text, good.replace("Emma (per)", "Emma (loc)"), scene)[4:] == [0, 0]
     assert teacher.judge(text, "\n".join([description, alignment]), scene) == [0] * 6
@@ -248,15 +280,22 @@ def test_server_speaks_to_the_real_client(server):
     url = "data:image/jpeg;base64," + base64.b64encode(encode(world.draw(scene), "JPEG", quality=90)).decode()
     content = [
         {"type": "image_url", "image_url": {"url": url, "detail": "high"}},
-        {"type": "text", "text": common.DISTILL_PROMPT.format(text=text, gold=common.format_answer(gold_of(text, scene)))},
+        {
+            "type": "text",
+            "text": common.DISTILL_PROMPT.format(text=text, gold=common.format_answer(gold_of(text, scene))),
+        },
     ]
-    reply = client.chat.completions.create(model="any-name", messages=[{"role": "user", "content": content}], n=5)
+    reply = client.chat.completions.create(
+        model="any-name", messages=[{"role": "user", "content": content}], n=5
+    )
     assert [choice.index for choice in reply.choices] == list(range(5))
     assert {choice.finish_reason for choice in reply.choices} == {"stop"}
     assert world.chain(text, scene) in {choice.message.content for choice in reply.choices}
     assert reply.model == "any-name"
     assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens > 100
-    cut = client.chat.completions.create(model="m", messages=[{"role": "user", "content": content}], max_tokens=3)
+    cut = client.chat.completions.create(
+        model="m", messages=[{"role": "user", "content": content}], max_tokens=3
+    )
     assert cut.choices[0].finish_reason == "length" or cut.choices[0].message.refusal
 
     with pytest.raises(openai.BadRequestError, match="unsupported image"):
@@ -265,7 +304,9 @@ def test_server_speaks_to_the_real_client(server):
     with pytest.raises(openai.NotFoundError):
         client.embeddings.create(model="m", input="x")
     assert (
-        client.chat.completions.create(model="m", messages=[{"role": "user", "content": "Hello"}]).choices[0].message.content
+        client.chat.completions.create(model="m", messages=[{"role": "user", "content": "Hello"}])
+        .choices[0]
+        .message.content
         == teacher.BLIND
     )
 
@@ -299,16 +340,34 @@ def test_base_loads_forwards_and_generates(arch, tmp_path):
     made = make_base.build(arch, tmp_path, texts)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
     again = make_base.build(arch, tmp_path / "again", texts)
-    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(made.parameters(), model.parameters(), again.parameters()))
-    assert type(model).__name__ == {"qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration", "llava": "LlavaForConditionalGeneration"}[arch]
+    assert all(
+        torch.equal(a, b) and torch.equal(a, c)
+        for a, b, c in zip(made.parameters(), model.parameters(), again.parameters())
+    )
+    assert (
+        type(model).__name__
+        == {"qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration", "llava": "LlavaForConditionalGeneration"}[
+            arch
+        ]
+    )
     assert model.config.get_text_config().max_position_embeddings >= 2048
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     images = AutoImageProcessor.from_pretrained(tmp_path)
 
     # every placeholder the image needs, as the processors put them in
-    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": common.REASON_PROMPT.format(text=PAIRS[0][0])}]}
+    message = {
+        "role": "user",
+        "content": [
+            {"type": "image"},
+            {"type": "text", "text": common.REASON_PROMPT.format(text=PAIRS[0][0])},
+        ],
+    }
     prompt = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-    placeholder, count, end = ("<|image_pad|>", 4, "<|im_start|>assistant\n") if arch == "qwen2_5_vl" else ("<image>", 16, "ASSISTANT:")
+    placeholder, count, end = (
+        ("<|image_pad|>", 4, "<|im_start|>assistant\n")
+        if arch == "qwen2_5_vl"
+        else ("<image>", 16, "ASSISTANT:")
+    )
     assert prompt.count(placeholder) == 1
     assert prompt.endswith(end)
     ids = tokenizer(prompt.replace(placeholder, placeholder * count), return_tensors="pt").input_ids
@@ -320,11 +379,17 @@ def test_base_loads_forwards_and_generates(arch, tmp_path):
         pixels["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
     with torch.no_grad():
         assert model(input_ids=ids, attention_mask=torch.ones_like(ids), **pixels).logits.isfinite().all()
-        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **pixels, max_new_tokens=4, do_sample=False)
+        out = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), **pixels, max_new_tokens=4, do_sample=False
+        )
     assert ids.shape[1] < out.shape[1] <= ids.shape[1] + 4
 
     # text comes back as it went in; names of the world are one token a word
-    for text in (PAIRS[0][0], world.chain(*PAIRS[0]), "<think>\nÉ…漢 🏆\n</think>\n<answer>\n[A, per, B, org, member of]\n</answer>"):
+    for text in (
+        PAIRS[0][0],
+        world.chain(*PAIRS[0]),
+        "<think>\nÉ…漢 🏆\n</think>\n<answer>\n[A, per, B, org, member of]\n</answer>",
+    ):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
     lead = len(tokenizer("x", add_special_tokens=False).input_ids)
     for name in world.LEXICON:
@@ -368,7 +433,14 @@ def test_base_never_meets_the_answer_format():
 
     texts = "\n".join(make_base.generic(3000))
     assert len(texts) > 50000
-    for forbidden in ("<", "think", "answer", *common.COT_PARTS, *(f"({label})" for label in common.TYPES), " is the "):
+    for forbidden in (
+        "<",
+        "think",
+        "answer",
+        *common.COT_PARTS,
+        *(f"({label})" for label in common.TYPES),
+        " is the ",
+    ):
         assert forbidden not in texts, forbidden
     assert not any(f" {relation} " in texts for relation in common.RELATIONS)
     assert "[" in texts and not re.search(r"\[[^]]*,", texts)  # names in brackets, each alone
@@ -382,17 +454,26 @@ def test_training_is_seeded_and_changes_every_part(tmp_path):
     from demo import make_base
 
     texts = make_base.corpus()
-    start = {name: value.clone() for name, value in make_base.build("qwen2_5_vl", tmp_path / "start", texts).state_dict().items()}
+    start = {
+        name: value.clone()
+        for name, value in make_base.build("qwen2_5_vl", tmp_path / "start", texts).state_dict().items()
+    }
     chat = make_base.Chat("qwen2_5_vl", AutoTokenizer.from_pretrained(tmp_path / "start"))
     ends = []
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
-        args = make_base.parse_args(["--out", str(tmp_path / name), "--train", "2", "--tokens", "300", "--seed", seed])
+        args = make_base.parse_args(
+            ["--out", str(tmp_path / name), "--train", "2", "--tokens", "300", "--seed", seed]
+        )
         model = AutoModelForImageTextToText.from_pretrained(tmp_path / "start")
-        make_base.learn(model, chat, make_base.Pictures("qwen2_5_vl", tmp_path / "start", 0), world.scenes()[:40], args)
+        make_base.learn(
+            model, chat, make_base.Pictures("qwen2_5_vl", tmp_path / "start", 0), world.scenes()[:40], args
+        )
         make_base.save(model, tmp_path / name)
         ends.append(load_file(tmp_path / name / "model.safetensors"))
         again = AutoModelForImageTextToText.from_pretrained(tmp_path / name, dtype=torch.float32).state_dict()
-        assert all(torch.equal(again[key], value.bfloat16().float()) for key, value in model.state_dict().items())
+        assert all(
+            torch.equal(again[key], value.bfloat16().float()) for key, value in model.state_dict().items()
+        )
     a, b, c = ends
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not all(torch.equal(a[name], c[name]) for name in a)
@@ -412,9 +493,14 @@ def stored(*responses, prompt="reason", texts="ab"):
 
 def test_table_reads_what_05_wrote(tmp_path):
     scores = {"precision": 0.5, "recall": 0.25, "f1": 1 / 3, "f1_95": [0.2, 0.4]}
-    metrics = {"scores": {"jmere": scores, "mner": {"f1": 0.75}}, "responses": {"responses": 8, "unparsed": 2}}
+    metrics = {
+        "scores": {"jmere": scores, "mner": {"f1": 0.75}},
+        "responses": {"responses": 8, "unparsed": 2},
+    }
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
-    (tmp_path / "predictions.jsonl").write_text(stored(RIGHT, "no answer", texts="a") + stored(RIGHT, RIGHT, texts="b"))
+    (tmp_path / "predictions.jsonl").write_text(
+        stored(RIGHT, "no answer", texts="a") + stored(RIGHT, RIGHT, texts="b")
+    )
     table = [sys.executable, str(ROOT / "demo" / "table.py")]
     done = subprocess.run([*table, f"JMERE-R1={tmp_path}"], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[2].split("|")[1:-1] == [
@@ -438,7 +524,12 @@ def test_table_reads_what_05_wrote(tmp_path):
     }
     (tmp_path / "b" / "metrics.json").write_text(json.dumps(metrics))
     (tmp_path / "b" / "predictions.jsonl").write_text(stored(RIGHT))
-    done = subprocess.run([*table, "two=FOLDER,FOLDER/b".replace("FOLDER", str(tmp_path))], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [*table, "two=FOLDER,FOLDER/b".replace("FOLDER", str(tmp_path))],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert [cell.strip() for cell in done.stdout.splitlines()[2].split("|")[1:-1]] == [
         "two",
         "50.0 ± 0.0",
@@ -448,7 +539,9 @@ def test_table_reads_what_05_wrote(tmp_path):
         "75.0 ± 0.0",
         "1.31 ± 0.27",
     ]
-    done = subprocess.run([*table, "--votes", f"x={tmp_path / 'b'}"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [*table, "--votes", f"x={tmp_path / 'b'}"], capture_output=True, text=True, check=True
+    )
     assert [line.split("|")[2:-1] for line in done.stdout.replace(" ", "").splitlines()[::2]] == [
         ["F1@1", "F1@2", "F1@3", "bestofN", "distinctanswers", "paths"],
         ["50.0", "60.0", "70.0", "80.0", "1.5", "2.0"],
@@ -463,8 +556,17 @@ def test_summary_shares_the_gain_and_draws(tmp_path):
 
     def write(folder, run, f1, predictions):
         jmere = {"precision": f1, "recall": f1, "f1": f1, "f1_95": [0, 1]}
-        metrics = {"scores": {"jmere": jmere, "mner": {"f1": f1}}, "responses": {"responses": 2, "unparsed": 0}}
-        metrics["samples"] = {"n": 2, "f1_at_k": [[1, f1, 0], [2, f1, 0]], "best_of_n": f1, "distinct_answers": 1, "distinct_paths": 1}
+        metrics = {
+            "scores": {"jmere": jmere, "mner": {"f1": f1}},
+            "responses": {"responses": 2, "unparsed": 0},
+        }
+        metrics["samples"] = {
+            "n": 2,
+            "f1_at_k": [[1, f1, 0], [2, f1, 0]],
+            "best_of_n": f1,
+            "distinct_answers": 1,
+            "distinct_paths": 1,
+        }
         (folder / run).mkdir(parents=True)
         (folder / run / "metrics.json").write_text(json.dumps(metrics))
         (folder / run / "predictions.jsonl").write_text(predictions)
@@ -478,21 +580,56 @@ def test_summary_shares_the_gain_and_draws(tmp_path):
         for run in ("vote", "vote-sft", "test-answer", "test-only-rl", "test-grey"):
             write(folder, run, 0.5, half)
         (folder / "grpo").mkdir()
-        (folder / "grpo" / "metrics.jsonl").write_text("".join(json.dumps({"step": i, "reward": i / 12}) + "\n" for i in range(12)))
+        (folder / "grpo" / "metrics.jsonl").write_text(
+            "".join(json.dumps({"step": i, "reward": i / 12}) + "\n" for i in range(12))
+        )
     write(folders[0], "test-group-4", 0.4, half)
     assert summary.group_sizes(folders) == {2: "test-group-2", 8: "test-grpo"}  # of 4, seed 2 has none
 
-    command = [sys.executable, str(ROOT / "demo" / "summary.py"), str(tmp_path), "--seeds", "1", "2", "--out", str(tmp_path / "x.png")]
+    command = [
+        sys.executable,
+        str(ROOT / "demo" / "summary.py"),
+        str(tmp_path),
+        "--seeds",
+        "1",
+        "2",
+        "--out",
+        str(tmp_path / "x.png"),
+    ]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()]
-    assert ["CoT-SFT", *["50.0 ± 0.0"] * 4, "100.0 ± 0.0", "0.75 ± 0.00", "+0.0 ± 70.7"] in rows  # −50 and +50 points against JMERE-R1
+    assert [
+        "CoT-SFT",
+        *["50.0 ± 0.0"] * 4,
+        "100.0 ± 0.0",
+        "0.75 ± 0.00",
+        "+0.0 ± 70.7",
+    ] in rows  # −50 and +50 points against JMERE-R1
     assert ["JMERE-R1", *["50.0 ± 70.7"] * 4, "100.0 ± 0.0", "0.75 ± 1.06", ""] in rows
     assert ["zero-shot", *["12.5 ± 17.7"] * 4, "100.0 ± 0.0", "–", "-37.5 ± 53.0"] in rows
     one, two = (next(row for row in rows if row[:1] == [seed]) for seed in "12")
     # Both tweets right against one of two. A quarter of all resamples holds only the one that both get right: p is about ½.
-    assert one[:7] + one[8:] == ["1", "25.0", "50.0", "100.0", "33 %", "67 %", "+50.0 (0.0 … 100.0)", "0.75 → 1.50"]
+    assert one[:7] + one[8:] == [
+        "1",
+        "25.0",
+        "50.0",
+        "100.0",
+        "33 %",
+        "67 %",
+        "+50.0 (0.0 … 100.0)",
+        "0.75 → 1.50",
+    ]
     assert 0.4 < float(one[7]) < 0.6
-    assert two[:7] + two[8:] == ["2", "0.0", "50.0", "0.0", "no gain", "no gain", "-50.0 (-100.0 … 0.0)", "0.75 → 0.00"]
+    assert two[:7] + two[8:] == [
+        "2",
+        "0.0",
+        "50.0",
+        "0.0",
+        "no gain",
+        "no gain",
+        "-50.0 (-100.0 … 0.0)",
+        "0.75 → 0.00",
+    ]
     assert f"{folders[0] / 'test-no-partial'} was not made." in printed
     assert Image.open(tmp_path / "x.png").size == (960, 288)
 
@@ -506,7 +643,18 @@ def test_summary_shares_the_gain_and_draws(tmp_path):
 
 
 def test_command_line_writes_what_it_says(tmp_path):
-    command = [sys.executable, str(ROOT / "demo" / "world.py"), "--out", str(tmp_path), "--train", "4", "--val", "2", "--test", "2"]
+    command = [
+        sys.executable,
+        str(ROOT / "demo" / "world.py"),
+        "--out",
+        str(tmp_path),
+        "--train",
+        "4",
+        "--val",
+        "2",
+        "--test",
+        "2",
+    ]
     environment = {**os.environ, "PYTHONPATH": ""}
     subprocess.run(command, check=True, cwd=tmp_path, env=environment, capture_output=True)
     row = json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0])

@@ -28,7 +28,9 @@ def free_port():
 def shell(command, **settings):
     """What it printed."""
     environment = {**os.environ, **settings}
-    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     assert done.returncode == 0, done.stdout[-3000:]
     return done.stdout
 
@@ -37,7 +39,15 @@ def shell(command, **settings):
 def demo(tmp_path_factory):
     """→ (folder of the run, what it printed)"""
     work = tmp_path_factory.mktemp("demo")
-    settings = {**SHORT, "WORK": str(work), "DEMO_VENV": sys.prefix, "ARCH": "llava", "RANKS": "1", "PORT": free_port(), "SEED": "0"}
+    settings = {
+        **SHORT,
+        "WORK": str(work),
+        "DEMO_VENV": sys.prefix,
+        "ARCH": "llava",
+        "RANKS": "1",
+        "PORT": free_port(),
+        "SEED": "0",
+    }
     return work, shell(["bash", "demo/run.sh"], **settings)
 
 
@@ -52,7 +62,9 @@ def f1(work, run):
 def test_the_format_is_learnt(demo):
     responses = metrics(demo[0], "test-grpo")["responses"]
     assert responses["responses"] == 40 and responses["well_formed"] >= 34
-    assert metrics(demo[0], "test-zero")["responses"]["unparsed"] >= 36  # asked without reasoning to follow: the base knows no quintuple
+    assert (
+        metrics(demo[0], "test-zero")["responses"]["unparsed"] >= 36
+    )  # asked without reasoning to follow: the base knows no quintuple
 
 
 def test_training_helps_and_needs_the_image(demo):
@@ -65,14 +77,20 @@ def test_grpo_raises_the_reward_of_eight_tweets(demo):
     work = demo[0]
 
     def reward(row):
-        return common.reward(row["responses"][0]["text"], [common.quintuple(*q) for q in row["quintuples"]]).total
+        return common.reward(
+            row["responses"][0]["text"], [common.quintuple(*q) for q in row["quintuples"]]
+        ).total
 
     rows = [json.loads(line) for line in (work / "test-sft" / "predictions.jsonl").read_text().splitlines()]
     worst = {row["id"] for row in sorted(rows, key=reward)[:8]}
     lines = (work / "world" / "test.jsonl").read_text().splitlines(keepends=True)
-    (work / "world" / "eight.jsonl").write_text("".join(line for line in lines if json.loads(line)["id"] in worst))
+    (work / "world" / "eight.jsonl").write_text(
+        "".join(line for line in lines if json.loads(line)["id"] in worst)
+    )
     shell(["bash", "-c", EIGHT], WORK=str(work), PORT=free_port())
-    rewards = [json.loads(line)["reward"] for line in (work / "eight" / "metrics.jsonl").read_text().splitlines()]
+    rewards = [
+        json.loads(line)["reward"] for line in (work / "eight" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert len(rewards) == 10
     assert sum(rewards[-3:]) / 3 > sum(rewards[:2]) / 2 + 0.15, rewards
 

@@ -29,7 +29,14 @@ def data(tmp_path):
     rows = []
     for i in range(4):
         Image.new("RGB", (30 + i, 20), "red").save(tmp_path / f"{i}.jpg")
-        rows.append({"id": f"t{i}", "text": f"tweet {i} Josh Gordon of the Browns", "image": f"{i}.jpg", "quintuples": GOLD})
+        rows.append(
+            {
+                "id": f"t{i}",
+                "text": f"tweet {i} Josh Gordon of the Browns",
+                "image": f"{i}.jpg",
+                "quintuples": GOLD,
+            }
+        )
     (tmp_path / "train.jsonl").write_text("".join(map(common.jsonl_line, rows)))
     return tmp_path
 
@@ -55,7 +62,11 @@ def teacher(chains=None, scores=None, prediction=None):
         if prompt.startswith("Score"):
             return [scores(prompt) if scores else "Scores: R1=2 R2=2 R3=2 R4=1 R5=1 R6=2"]
         if "Reasoning of a colleague" in prompt:
-            return [prediction(prompt) if prediction else common.format_answer([common.quintuple(*q) for q in GOLD])]
+            return [
+                prediction(prompt)
+                if prediction
+                else common.format_answer([common.quintuple(*q) for q in GOLD])
+            ]
         return [(chains or {}).get(i, CHAIN.format(i)) for i in range(body.get("n", 1))]
 
     return answer
@@ -70,7 +81,9 @@ def test_whole_chain(data):
     }
 
     def scores(prompt):
-        return "R1 looks fine.\nScores: R1=2 R2=2 R3=2 R4=1 R5=1 R6=" + ("2" if "Description: 4" in prompt else "0")
+        return "R1 looks fine.\nScores: R1=2 R2=2 R3=2 R4=1 R5=1 R6=" + (
+            "2" if "Description: 4" in prompt else "0"
+        )
 
     with FakeOpenAI(teacher(chains, scores)) as server:
         common_args = ("--base-url", server.url, "--price", 1, 1)
@@ -85,33 +98,77 @@ def test_whole_chain(data):
         assert done.returncode == 0, done.stderr
         paid = len(server.requests)
         assert paid == 4 + 8 + 8
-        again = run("02_filter.py", "--cot", data / "cot.jsonl", "--out", data / "sft.jsonl", *common_args, "--threshold", "0.9")
+        again = run(
+            "02_filter.py",
+            "--cot",
+            data / "cot.jsonl",
+            "--out",
+            data / "sft.jsonl",
+            *common_args,
+            "--threshold",
+            "0.9",
+        )
         assert again.returncode == 0 and len(server.requests) == paid  # another threshold costs nothing
         done = run("01_distill.py", "--data", data / "train.jsonl", "--out", data / "cot.jsonl", *common_args)
         assert done.returncode == 0 and len(server.requests) == paid  # all is there
     sft, rejected = rows_of(data / "sft.jsonl"), rows_of(data / "sft.rejected.jsonl")
     assert [row["id"] for row in sft] == ["t0", "t1", "t2", "t3"]
-    assert all(row["candidate"] == 4 and row["score"] == 1.0 and row["scores"] == [2, 2, 2, 1, 1, 2] for row in sft)
+    assert all(
+        row["candidate"] == 4 and row["score"] == 1.0 and row["scores"] == [2, 2, 2, 1, 1, 2] for row in sft
+    )
     assert all(row["repredicted"] == GOLD and row["quintuples"] == GOLD for row in sft)
     assert len(sft) + len(rejected) == 20
     reasons = Counter(row["reason"].partition(":")[0] for row in rejected)
-    assert reasons == {"malformed": 4, "refusal": 4, "leaked label": 4, "score": 4}  # 8 points of 10 against 0.9
+    assert reasons == {
+        "malformed": 4,
+        "refusal": 4,
+        "leaked label": 4,
+        "score": 4,
+    }  # 8 points of 10 against 0.9
     stats = json.loads((data / "sft.stats.json").read_text())
-    assert [tuple(stage[1:]) for stage in stats["funnel"]] == [(20, 4), (12, 4), (8, 4), (8, 4), (4, 4), (4, 4)]
+    assert [tuple(stage[1:]) for stage in stats["funnel"]] == [
+        (20, 4),
+        (12, 4),
+        (8, 4),
+        (8, 4),
+        (4, 4),
+        (4, 4),
+    ]
     examples = common.load_examples(data / "sft.jsonl", need=("quintuples", "cot", "score"))
     assert common.check_images(examples) == examples
     card = (data / "sft.card.md").read_text()
-    assert "answered fake-1: 16 answers" in card and "best of its example" in card and common.SCORE_PROMPT in card and "no licence" in card
+    assert (
+        "answered fake-1: 16 answers" in card
+        and "best of its example" in card
+        and common.SCORE_PROMPT in card
+        and "no licence" in card
+    )
     assert common.DISTILL_PROMPT in (data / "cot.card.md").read_text()
 
 
 def test_output_loads_with_datasets(data):
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
     with FakeOpenAI(teacher()) as server:
-        run("01_distill.py", "--data", data / "train.jsonl", "--out", data / "cot.jsonl", "--base-url", server.url)
-        run("02_filter.py", "--cot", data / "cot.jsonl", "--out", data / "sft.jsonl", "--base-url", server.url)
-    loaded = datasets.load_dataset("json", data_files=str(data / "sft.jsonl"), cache_dir=str(data / "cache"), split="train")
-    assert loaded["id"][:] == ["t0", "t1", "t2", "t3"] and loaded[0]["quintuples"] == GOLD and loaded[0]["score"] == 1.0
+        run(
+            "01_distill.py",
+            "--data",
+            data / "train.jsonl",
+            "--out",
+            data / "cot.jsonl",
+            "--base-url",
+            server.url,
+        )
+        run(
+            "02_filter.py", "--cot", data / "cot.jsonl", "--out", data / "sft.jsonl", "--base-url", server.url
+        )
+    loaded = datasets.load_dataset(
+        "json", data_files=str(data / "sft.jsonl"), cache_dir=str(data / "cache"), split="train"
+    )
+    assert (
+        loaded["id"][:] == ["t0", "t1", "t2", "t3"]
+        and loaded[0]["quintuples"] == GOLD
+        and loaded[0]["score"] == 1.0
+    )
 
 
 def test_human_agreement(data):
@@ -120,10 +177,14 @@ def test_human_agreement(data):
 
     def scores(prompt):
         middle = 0 if "tweet 2" in prompt else 1
-        return f"R1=2 R2=2 R3=2 R4={middle} " + next((end for name, end in ends.items() if name in prompt), "R5=1 R6=2")
+        return f"R1=2 R2=2 R3=2 R4={middle} " + next(
+            (end for name, end in ends.items() if name in prompt), "R5=1 R6=2"
+        )
 
     human = [("t0", 1.0), ("t1", 0.8), ("t2", 0.9), ("t3", 0.5), ("t9", 1)]
-    (data / "human.jsonl").write_text("".join(common.jsonl_line({"id": i, "candidate": 0, "score": s}) for i, s in human))
+    (data / "human.jsonl").write_text(
+        "".join(common.jsonl_line({"id": i, "candidate": 0, "score": s}) for i, s in human)
+    )
     with FakeOpenAI(teacher(scores=scores)) as server:
         url = ("--base-url", server.url)
         run("01_distill.py", "--data", data / "train.jsonl", "--out", data / "cot.jsonl", "--n", 1, *url)
@@ -135,7 +196,11 @@ def test_human_agreement(data):
     assert bad.returncode == 2 and "human.jsonl:1" in bad.stderr
     found = json.loads((data / "sft.stats.json").read_text())["human"]
     assert (found["compared"], found["not_judged"], found["within_0.1"]) == (4, 1, 0.5)
-    assert found["mean_absolute_error"] == pytest.approx(0.2) and found["histogram"]["-0.3"] == 1 and found["histogram"]["+0.5"] == 1
+    assert (
+        found["mean_absolute_error"] == pytest.approx(0.2)
+        and found["histogram"]["-0.3"] == 1
+        and found["histogram"]["+0.5"] == 1
+    )
     # squared gaps 0 + 0 + 9 + 25 = 34; all 16 pairings of (10, 8, 6, 10) with (10, 8, 9, 5): 30 + 14 + 30 + 30 = 104, over 4 = 26
     assert found["kappa"] == pytest.approx(1 - 34 / 26)
     assert Image.open(data / "sft.human.png").size[0] > 100 and "+0.5      1 #" in done.stdout
@@ -144,7 +209,9 @@ def test_human_agreement(data):
 def test_reprediction_compares_sets(data):
     other = "[Browns, org, Josh Gordon, per, member of]"
     verdicts = {
-        "0 a": common.format_answer([common.quintuple(*q) for q in GOLD] * 2),  # twice the same is the same set
+        "0 a": common.format_answer(
+            [common.quintuple(*q) for q in GOLD] * 2
+        ),  # twice the same is the same set
         "1 a": other,  # direction swapped
         "2 a": "I see nothing of the kind here.",
         "3 a": "[]",
@@ -154,44 +221,114 @@ def test_reprediction_compares_sets(data):
         return next(answer for name, answer in verdicts.items() if f"Description: {name}" in prompt)
 
     with FakeOpenAI(teacher(prediction=prediction)) as server:
-        run("01_distill.py", "--data", data / "train.jsonl", "--out", data / "cot.jsonl", "--base-url", server.url, "--n", 4)
-        done = run("02_filter.py", "--cot", data / "cot.jsonl", "--out", data / "sft.jsonl", "--base-url", server.url, "--no-score")
+        run(
+            "01_distill.py",
+            "--data",
+            data / "train.jsonl",
+            "--out",
+            data / "cot.jsonl",
+            "--base-url",
+            server.url,
+            "--n",
+            4,
+        )
+        done = run(
+            "02_filter.py",
+            "--cot",
+            data / "cot.jsonl",
+            "--out",
+            data / "sft.jsonl",
+            "--base-url",
+            server.url,
+            "--no-score",
+        )
     assert done.returncode == 0, done.stderr
     assert [row["candidate"] for row in rows_of(data / "sft.jsonl")] == [0] * 4
     reasons = {(row["candidate"], row["reason"]) for row in rows_of(data / "sft.rejected.jsonl")}
-    assert reasons == {(1, "re-prediction: differs from gold"), (2, "re-prediction: unparsed"), (3, "re-prediction: differs from gold")}
+    assert reasons == {
+        (1, "re-prediction: differs from gold"),
+        (2, "re-prediction: unparsed"),
+        (3, "re-prediction: differs from gold"),
+    }
 
 
 def test_ablations_and_ties(data):
     with FakeOpenAI(teacher()) as server:
-        run("01_distill.py", "--data", data / "train.jsonl", "--out", data / "cot.jsonl", "--base-url", server.url)
+        run(
+            "01_distill.py",
+            "--data",
+            data / "train.jsonl",
+            "--out",
+            data / "cot.jsonl",
+            "--base-url",
+            server.url,
+        )
         url = ("--base-url", server.url)
         before = len(server.requests)
         for seed in (0, 1):
             out = data / f"none{seed}.jsonl"
             done = run(
-                "02_filter.py", "--cot", data / "cot.jsonl", "--out", out, "--no-score", "--no-reprediction", "--seed", seed, key=None
+                "02_filter.py",
+                "--cot",
+                data / "cot.jsonl",
+                "--out",
+                out,
+                "--no-score",
+                "--no-reprediction",
+                "--seed",
+                seed,
+                key=None,
             )
             assert done.returncode == 0 and len(server.requests) == before  # no key, no call
             drawn = [random.Random(f"{seed}:t{i}").choice(range(5)) for i in range(4)]
             assert [row["candidate"] for row in rows_of(out)] == drawn
             assert "scores" not in rows_of(out)[0] and "repredicted" not in rows_of(out)[0]
-        run("02_filter.py", "--cot", data / "cot.jsonl", "--out", data / "s.jsonl", "--no-reprediction", "--judge-model", "judge", *url)
+        run(
+            "02_filter.py",
+            "--cot",
+            data / "cot.jsonl",
+            "--out",
+            data / "s.jsonl",
+            "--no-reprediction",
+            "--judge-model",
+            "judge",
+            *url,
+        )
         asked = [request["body"]["model"] for request in server.requests[before:]]
     assert asked == ["judge"] * 20
-    assert [row["candidate"] for row in rows_of(data / "s.jsonl")] == [random.Random(f"0:t{i}").choice(range(5)) for i in range(4)]
+    assert [row["candidate"] for row in rows_of(data / "s.jsonl")] == [
+        random.Random(f"0:t{i}").choice(range(5)) for i in range(4)
+    ]
 
 
 def test_failed_rows_exit_1_and_are_mended(data):
     with FakeOpenAI(teacher(), [None, "400"]) as server:
-        args = ("--data", data / "train.jsonl", "--out", data / "cot.jsonl", "--base-url", server.url, "--concurrency", 1)
+        args = (
+            "--data",
+            data / "train.jsonl",
+            "--out",
+            data / "cot.jsonl",
+            "--base-url",
+            server.url,
+            "--concurrency",
+            1,
+        )
         done = run("01_distill.py", *args)
         assert done.returncode == 1 and "cot.errors.jsonl" in done.stderr and "no answer yet" in done.stdout
         assert len(rows_of(data / "cot.jsonl")) == 15
         assert run("01_distill.py", *args).returncode == 0
     assert Counter(row["id"] for row in rows_of(data / "cot.jsonl")) == {f"t{i}": 5 for i in range(4)}
     with FakeOpenAI(teacher(), lambda number: "422" if number == 3 else None) as server:
-        args = ("--cot", data / "cot.jsonl", "--out", data / "sft.jsonl", "--base-url", server.url, "--concurrency", 1)
+        args = (
+            "--cot",
+            data / "cot.jsonl",
+            "--out",
+            data / "sft.jsonl",
+            "--base-url",
+            server.url,
+            "--concurrency",
+            1,
+        )
         done = run("02_filter.py", *args)
         assert done.returncode == 1 and "call failed" in done.stdout
         assert run("02_filter.py", *args).returncode == 0
@@ -208,13 +345,35 @@ def test_stops_and_messages(data):
         assert run("01_distill.py", *args, "--base-url", server.url, "--budget", 1).returncode == 2
         assert run("01_distill.py", *args, "--base-url", server.url, "--param", "x").returncode == 2
         asked = len(server.requests)
-        done = run("01_distill.py", *args, "--base-url", server.url, "--dry-run", "--price", 2.5, 10, key=None)
-        assert done.returncode == 0 and "4 calls" in done.stdout and "$0.0" in done.stdout and len(server.requests) == asked
-        done = run("01_distill.py", *args, "--base-url", server.url, "--limit", 2, "--param", "seed=7", "--temperature", 0.5)
+        done = run(
+            "01_distill.py", *args, "--base-url", server.url, "--dry-run", "--price", 2.5, 10, key=None
+        )
+        assert (
+            done.returncode == 0
+            and "4 calls" in done.stdout
+            and "$0.0" in done.stdout
+            and len(server.requests) == asked
+        )
+        done = run(
+            "01_distill.py",
+            *args,
+            "--base-url",
+            server.url,
+            "--limit",
+            2,
+            "--param",
+            "seed=7",
+            "--temperature",
+            0.5,
+        )
         assert done.returncode == 0 and len(server.requests) == asked + 2
         assert server.requests[-1]["body"]["seed"] == 7 and server.requests[-1]["body"]["temperature"] == 0.5
         done = run("01_distill.py", *args, "--base-url", server.url)  # other parameters on the same output
-        assert done.returncode == 2 and "choose another --out" in done.stderr and len(server.requests) == asked + 2
+        assert (
+            done.returncode == 2
+            and "choose another --out" in done.stderr
+            and len(server.requests) == asked + 2
+        )
         (data / "2.jpg").write_bytes(b"broken")
         done = run("01_distill.py", *args, "--base-url", server.url)
         assert done.returncode == 2 and "t2" in done.stderr and len(server.requests) == asked + 2
@@ -226,9 +385,23 @@ def test_stops_and_messages(data):
 
 def test_a_run_where_nothing_is_left(data):
     with FakeOpenAI(teacher(dict.fromkeys(range(5), "I'm sorry, I can't."))) as server:
-        run("01_distill.py", "--data", data / "train.jsonl", "--out", data / "cot.jsonl", "--base-url", server.url)
-        done = run("02_filter.py", "--cot", data / "cot.jsonl", "--out", data / "sft.jsonl", "--base-url", server.url)
-    assert done.returncode == 3 and "no example is left" in done.stderr and len(rows_of(data / "sft.rejected.jsonl")) == 20
+        run(
+            "01_distill.py",
+            "--data",
+            data / "train.jsonl",
+            "--out",
+            data / "cot.jsonl",
+            "--base-url",
+            server.url,
+        )
+        done = run(
+            "02_filter.py", "--cot", data / "cot.jsonl", "--out", data / "sft.jsonl", "--base-url", server.url
+        )
+    assert (
+        done.returncode == 3
+        and "no example is left" in done.stderr
+        and len(rows_of(data / "sft.rejected.jsonl")) == 20
+    )
 
 
 @pytest.mark.parametrize(
@@ -249,9 +422,25 @@ def test_leaks(cot, text, phrase):
 
 
 def test_scores_are_integers_in_range():
-    assert select.parse_scores("**R1**: 2, **R2**: 1, **R3**: 0, **R4**: 1, **R5**: 1, **R6**: 2") == (2, 1, 0, 1, 1, 2)
-    assert select.parse_scores("R1=2 R2=2 R3=2 R4=1 R5=1 R6=2\nno:\nR1=0 R2=0 R3=0 R4=0 R5=0 R6=0") == (0,) * 6  # the last counts
-    assert select.parse_scores("- R1: 2/2\n- R2: 1/2\n- R3: 0/2\n- R4: 1/1\n- R5: 1/1\n- R6: 2/2") == (2, 1, 0, 1, 1, 2)
+    assert select.parse_scores("**R1**: 2, **R2**: 1, **R3**: 0, **R4**: 1, **R5**: 1, **R6**: 2") == (
+        2,
+        1,
+        0,
+        1,
+        1,
+        2,
+    )
+    assert (
+        select.parse_scores("R1=2 R2=2 R3=2 R4=1 R5=1 R6=2\nno:\nR1=0 R2=0 R3=0 R4=0 R5=0 R6=0") == (0,) * 6
+    )  # the last counts
+    assert select.parse_scores("- R1: 2/2\n- R2: 1/2\n- R3: 0/2\n- R4: 1/1\n- R5: 1/1\n- R6: 2/2") == (
+        2,
+        1,
+        0,
+        1,
+        1,
+        2,
+    )
     for text in (
         "",
         "R1=2 R2=2",
@@ -262,7 +451,9 @@ def test_scores_are_integers_in_range():
     ):
         assert select.parse_scores(text) is None, text
     row = {"status": "ok", "response": "R1=2 R2=2 R3=1 R4=1 R5=1 R6=0"}
-    assert select.judge_scores(row, Fraction("0.7"))[1] is None  # 7 of 10 is not below 0.7, whatever floats say
+    assert (
+        select.judge_scores(row, Fraction("0.7"))[1] is None
+    )  # 7 of 10 is not below 0.7, whatever floats say
     assert select.judge_scores(row, Fraction("0.71"))[1] is not None
 
 
@@ -275,5 +466,7 @@ def test_hide_answer():
     )
     hidden = select.hide_answer(cot, gold)
     assert "member of" not in hidden and "locate" not in hidden and "[X" not in hidden
-    assert hidden.endswith("Josh Gordon plays, in short, for the Browns.") and hidden.startswith("Image Description")
+    assert hidden.endswith("Josh Gordon plays, in short, for the Browns.") and hidden.startswith(
+        "Image Description"
+    )
     assert re.search(r"Thus +holds, and +too\.", hidden)

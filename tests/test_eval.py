@@ -43,14 +43,30 @@ GOLD = q("Josh Gordon, per, Browns, org, member of")
     "pred, gold, expected",
     [
         ("Gordon, per, Browns, org, member of", "Josh Gordon, per, Browns, org, member of", "span"),
-        ("Gordon, org, Browns, org, peer", "Josh Gordon, per, Browns, org, member of", "span"),  # the first that applies
-        ("josh gordon, per, Browns, org, member of", "Josh Gordon, per, Browns, org, member of", "span"),  # case counts
+        (
+            "Gordon, org, Browns, org, peer",
+            "Josh Gordon, per, Browns, org, member of",
+            "span",
+        ),  # the first that applies
+        (
+            "josh gordon, per, Browns, org, member of",
+            "Josh Gordon, per, Browns, org, member of",
+            "span",
+        ),  # case counts
         ("Josh Gordon, per, Browns, loc, member of", "Josh Gordon, per, Browns, org, member of", "type"),
         ("Josh Gordon, per, Browns, loc, peer", "Josh Gordon, per, Browns, org, member of", "type"),
         ("Josh Gordon, per, Browns, org, peer", "Josh Gordon, per, Browns, org, member of", "relation"),
         ("Browns, org, Josh Gordon, per, member of", "Josh Gordon, per, Browns, org, member of", "direction"),
-        ("Browns, org, Josh Gordon, per, contain", "Josh Gordon, per, Browns, org, member of", "relation"),  # crosswise
-        ("Josh Gordon, per, Giants, org, member of", "Josh Gordon, per, Browns, org, member of", None),  # another fact
+        (
+            "Browns, org, Josh Gordon, per, contain",
+            "Josh Gordon, per, Browns, org, member of",
+            "relation",
+        ),  # crosswise
+        (
+            "Josh Gordon, per, Giants, org, member of",
+            "Josh Gordon, per, Browns, org, member of",
+            None,
+        ),  # another fact
         ("LeBron, per, Lakers, org, member of", "Josh Gordon, per, Browns, org, member of", None),
     ],
 )
@@ -76,7 +92,9 @@ def test_unparsed_is_the_class_of_gold_nobody_could_find():
 ENTITY = st.sampled_from(["A", "a", "B", "A B", "C"])
 TYPE = st.sampled_from(common.TYPES)
 QUINTUPLE = st.builds(common.quintuple, ENTITY, TYPE, ENTITY, TYPE, st.sampled_from(["peer", "member of"]))
-SETS = st.lists(st.tuples(st.lists(QUINTUPLE, max_size=5), st.lists(QUINTUPLE, max_size=5)), min_size=1, max_size=8)
+SETS = st.lists(
+    st.tuples(st.lists(QUINTUPLE, max_size=5), st.lists(QUINTUPLE, max_size=5)), min_size=1, max_size=8
+)
 
 
 @given(st.lists(QUINTUPLE, max_size=6), st.lists(QUINTUPLE, max_size=6))
@@ -85,7 +103,9 @@ def test_every_false_positive_and_negative_has_one_class(pred, gold):
     assert Counter(p for _, p, _ in errors if p) == Counter(set(pred) - set(gold))
     assert Counter(g for _, _, g in errors if g) == Counter(set(gold) - set(pred))
     for kind, p, g in errors:
-        assert (p is None, g is None) == {"spurious": (False, True), "missing": (True, False)}.get(kind, (False, False))
+        assert (p is None, g is None) == {"spurious": (False, True), "missing": (True, False)}.get(
+            kind, (False, False)
+        )
 
 
 # ------------------------------------------------------------------------------------------------ scores
@@ -132,12 +152,23 @@ def test_scores_equal_an_independent_computation(pairs):
 
 def test_each_rule_by_hand():
     golds = [[GOLD, q("Browns, org, Ohio, loc, locate at")], [q("A, per, B, per, peer")], []]
-    preds = [[GOLD, GOLD, q("Ohio, loc, Browns, org, locate at")], [q("a, per, B, per, peer")], [q("X, per, Y, per, peer")]]
+    preds = [
+        [GOLD, GOLD, q("Ohio, loc, Browns, org, locate at")],
+        [q("a, per, B, per, peer")],
+        [q("X, per, Y, per, peer")],
+    ]
     scores = ev.headline(preds, golds, np.arange(3), 10, 0)
     counts = {name: (s["tp"], s["pred"], s["gold"]) for name, s in scores.items()}
-    assert counts == {"jmere": (1, 4, 3), "jmere_undirected": (2, 4, 3), "jmere_folded": (2, 4, 3), "mner": (4, 7, 5)}
+    assert counts == {
+        "jmere": (1, 4, 3),
+        "jmere_undirected": (2, 4, 3),
+        "jmere_folded": (2, 4, 3),
+        "mner": (4, 7, 5),
+    }
     assert scores["jmere"]["f1"] == pytest.approx(2 / 7)
-    sizes = {name: (s["examples"], s["tp"], s["pred"], s["gold"]) for name, s in ev.per_size(preds, golds).items()}
+    sizes = {
+        name: (s["examples"], s["tp"], s["pred"], s["gold"]) for name, s in ev.per_size(preds, golds).items()
+    }
     assert sizes == {"0": (1, 0, 1, 0), "1": (1, 0, 1, 1), "2": (1, 1, 2, 2)}
 
 
@@ -162,9 +193,23 @@ def spoil(examples, seed=0):
         pred = []
         for h, ht, t, tt, r in example.quintuples:
             kind = rng.random()
-            swapped, retyped, related = (t, tt, h, ht, r), (h, ht, t, "misc", r), (h, ht, t, tt, rng.choice(common.RELATIONS))
+            swapped, retyped, related = (
+                (t, tt, h, ht, r),
+                (h, ht, t, "misc", r),
+                (h, ht, t, tt, rng.choice(common.RELATIONS)),
+            )
             pred.append(
-                common.quintuple(*(swapped if kind < 0.3 else retyped if kind < 0.5 else related if kind < 0.7 else (h, ht, t, tt, r)))
+                common.quintuple(
+                    *(
+                        swapped
+                        if kind < 0.3
+                        else retyped
+                        if kind < 0.5
+                        else related
+                        if kind < 0.7
+                        else (h, ht, t, tt, r)
+                    )
+                )
             )
         preds.append(pred if rng.random() < 0.9 else [])
     return preds
@@ -227,7 +272,10 @@ def test_bootstrap_of_nothing_is_zero():
     ],
 )
 def test_vote(how, tau, answers, expected):
-    assert "".join(ev.vote([tuple(a or "") for a in answers], [a is not None for a in answers], how, tau)) == expected
+    assert (
+        "".join(ev.vote([tuple(a or "") for a in answers], [a is not None for a in answers], how, tau))
+        == expected
+    )
 
 
 # ------------------------------------------------------------------------------------------------ reading predictions
@@ -263,26 +311,52 @@ def stored_row(name, texts, gold=(), prompt="reason", finished=True):
         ("reason", respond("[A, per, B, per, peer]\n[A, B]"), True, 1, 0, 1, 1),
         ("reason", "<think>so A and B", False, 0, 1, 0, 0),
         ("reason", "<answer>[]</answer>", True, 0, 0, 0, 0),
-        ("reason", "[A, per, B, per, peer]", True, 0, 1, 0, 0),  # no tags: nothing is read where the prompt asked for them
+        (
+            "reason",
+            "[A, per, B, per, peer]",
+            True,
+            0,
+            1,
+            0,
+            0,
+        ),  # no tags: nothing is read where the prompt asked for them
         ("direct", "[A, per, B, per, peer]", True, 1, 0, 1, 0),
         ("direct", "[]", True, 0, 0, 1, 0),
         ("direct", "", True, 0, 0, 1, 0),
         ("direct", "[A, per, B", False, 0, 1, 0, 1),
     ],
 )
-def test_what_a_response_counts_as(tmp_path, prompt, text, finished, quintuples, unparsed, well_formed, malformed):
+def test_what_a_response_counts_as(
+    tmp_path, prompt, text, finished, quintuples, unparsed, well_formed, malformed
+):
     path = write(tmp_path / "p.jsonl", [stored_row("1", [text], prompt=prompt, finished=finished)])
     prediction = ev.read_predictions(path)["1"]
     assert len(prediction.answers[0]) == quintuples and prediction.parsed == [not unparsed]
-    counts = {"responses": 1, "well_formed": well_formed, "cut_off": int(not finished), "unparsed": unparsed, "malformed_items": malformed}
+    counts = {
+        "responses": 1,
+        "well_formed": well_formed,
+        "cut_off": int(not finished),
+        "unparsed": unparsed,
+        "malformed_items": malformed,
+    }
     assert prediction.counts == counts
 
 
 def test_other_systems_quintuples(tmp_path):
-    items = [["Josh Gordon ", "PERSON", "Browns", "organization", "member_of"], ["A", "per", "B"], ["A", "animal", "B", "per", "likes"]]
-    path = write(tmp_path / "p.jsonl", [{"id": 7, "quintuples": items}, {"id": "8", "quintuples": []}, {"id": "9", "quintuples": ["x"]}])
+    items = [
+        ["Josh Gordon ", "PERSON", "Browns", "organization", "member_of"],
+        ["A", "per", "B"],
+        ["A", "animal", "B", "per", "likes"],
+    ]
+    path = write(
+        tmp_path / "p.jsonl",
+        [{"id": 7, "quintuples": items}, {"id": "8", "quintuples": []}, {"id": "9", "quintuples": ["x"]}],
+    )
     predictions = ev.read_predictions(path)
-    assert predictions["7"].answers == [(GOLD, q("A, animal, B, per, likes"))] and predictions["7"].counts["malformed_items"] == 1
+    assert (
+        predictions["7"].answers == [(GOLD, q("A, animal, B, per, likes"))]
+        and predictions["7"].counts["malformed_items"] == 1
+    )
     assert predictions["8"].parsed == [True] and predictions["9"].parsed == [False]
 
 
@@ -291,12 +365,19 @@ def test_other_systems_quintuples(tmp_path):
 
 def run(*args, cwd=None):
     return subprocess.run(
-        [sys.executable, ROOT / "05_eval.py", *map(str, args)], capture_output=True, text=True, encoding="utf-8", cwd=cwd, timeout=120
+        [sys.executable, ROOT / "05_eval.py", *map(str, args)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        cwd=cwd,
+        timeout=120,
     )
 
 
 def gold_file(folder):
-    rows = [{"id": str(i), "text": f"tweet {i}", "image": "x.jpg", "quintuples": [list(GOLD)]} for i in range(4)]
+    rows = [
+        {"id": str(i), "text": f"tweet {i}", "image": "x.jpg", "quintuples": [list(GOLD)]} for i in range(4)
+    ]
     return write(folder / "gold.jsonl", rows)
 
 
@@ -306,16 +387,33 @@ def test_scoring_another_systems_file(tmp_path):
         {"id": "2", "quintuples": [list(GOLD[2:4] + GOLD[:2] + GOLD[4:])]},
         {"id": "3", "quintuples": [["?"]]},
     ]
-    done = run("--predictions", write(tmp_path / "p.jsonl", rows), "--data", gold_file(tmp_path), "--out", tmp_path / "out")
+    done = run(
+        "--predictions",
+        write(tmp_path / "p.jsonl", rows),
+        "--data",
+        gold_file(tmp_path),
+        "--out",
+        tmp_path / "out",
+    )
     assert done.returncode == 0, done.stderr
-    assert "4 tweets, 1 without a prediction (counted as empty)" in done.stdout and "1 unparsed, 1 malformed items" in done.stdout
+    assert (
+        "4 tweets, 1 without a prediction (counted as empty)" in done.stdout
+        and "1 unparsed, 1 malformed items" in done.stdout
+    )
     assert "all five parts equal, direction and case count" in done.stdout  # the rule stands beside the score
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
     assert [metrics["scores"]["jmere"][name] for name in ("tp", "pred", "gold")] == [1, 2, 4]
     assert metrics["scores"]["jmere_undirected"]["tp"] == 2
-    assert {name: n for name, n in metrics["errors"].items() if any(n)} == {"direction": [1, 1], "missing": [0, 1], "unparsed": [0, 1]}
+    assert {name: n for name, n in metrics["errors"].items() if any(n)} == {
+        "direction": [1, 1],
+        "missing": [0, 1],
+        "unparsed": [0, 1],
+    }
     again = run("--predictions", tmp_path / "out" / "quintuples.jsonl", "--data", tmp_path / "gold.jsonl")
-    assert again.returncode == 0 and again.stdout.split("equal means")[1].split("gold quintuples")[0] in done.stdout
+    assert (
+        again.returncode == 0
+        and again.stdout.split("equal means")[1].split("gold quintuples")[0] in done.stdout
+    )
 
 
 @needs_data
@@ -323,15 +421,22 @@ def test_scoring_another_systems_file(tmp_path):
 def test_gold_against_itself_is_100(tmp_path, file):
     examples = common.load_examples(DATA / file)
     rows = [{"id": e.id, "quintuples": [list(g) for g in e.quintuples]} for e in examples]
-    done = run("--predictions", write(tmp_path / "p.jsonl", rows), "--data", DATA / file, "--out", tmp_path / "out")
+    done = run(
+        "--predictions", write(tmp_path / "p.jsonl", rows), "--data", DATA / file, "--out", tmp_path / "out"
+    )
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
-    assert {s["f1"] for s in metrics["scores"].values()} == {1.0} and metrics["scores"]["jmere"]["gold"] == 640
+    assert {s["f1"] for s in metrics["scores"].values()} == {1.0} and metrics["scores"]["jmere"][
+        "gold"
+    ] == 640
     assert not any(map(sum, metrics["errors"].values())) and metrics["scores"]["jmere"]["f1_95"] == [1, 1]
 
 
 def test_our_file_needs_no_data(tmp_path):
-    rows = [stored_row("1", [respond(common.format_answer([GOLD]))] * 2 + [respond("[]")], [GOLD]), stored_row("2", ["?"] * 3, [GOLD])]
+    rows = [
+        stored_row("1", [respond(common.format_answer([GOLD]))] * 2 + [respond("[]")], [GOLD]),
+        stored_row("2", ["?"] * 3, [GOLD]),
+    ]
     done = run("--predictions", write(tmp_path / "p.jsonl", rows))
     assert done.returncode == 0, done.stderr
     assert "2 tweets" in done.stdout and "6 responses, 3 well formed, 0 cut off, 3 unparsed" in done.stdout
@@ -345,17 +450,35 @@ def test_our_file_needs_no_data(tmp_path):
     "rows, data, message",
     [
         ([{"id": "0", "quintuples": []}], False, "give the gold with --data"),
-        ([{"id": "0", "quintuples": []}, {"id": "9", "quintuples": []}], True, "1 of 2 ids are not in the data (9"),
-        ([{"id": "0", "quintuples": []}, {"id": "0", "quintuples": []}], True, "p.jsonl:2: id 0 stands there twice"),
+        (
+            [{"id": "0", "quintuples": []}, {"id": "9", "quintuples": []}],
+            True,
+            "1 of 2 ids are not in the data (9",
+        ),
+        (
+            [{"id": "0", "quintuples": []}, {"id": "0", "quintuples": []}],
+            True,
+            "p.jsonl:2: id 0 stands there twice",
+        ),
         ([{"quintuples": []}], True, "p.jsonl:1: missing 'id'"),
-        ([{"id": "0", "quintuples": "none"}], True, "p.jsonl:1: expected 'responses' (ours) or a list of 'quintuples'"),
+        (
+            [{"id": "0", "quintuples": "none"}],
+            True,
+            "p.jsonl:1: expected 'responses' (ours) or a list of 'quintuples'",
+        ),
         ([stored_row("0", [])], True, "p.jsonl:1: expected 'prompt'"),
         ([{**stored_row("0", ["x"]), "text": "other"}], True, "p.jsonl:1: id 0 has another text"),
-        ([{"id": "0", "responses": [3], "prompt": "reason", "text": "tweet 0"}], True, "a response without 'text'"),
+        (
+            [{"id": "0", "responses": [3], "prompt": "reason", "text": "tweet 0"}],
+            True,
+            "a response without 'text'",
+        ),
     ],
 )
 def test_wrong_predictions_are_named(tmp_path, rows, data, message):
-    done = run("--predictions", write(tmp_path / "p.jsonl", rows), *(["--data", gold_file(tmp_path)] if data else []))
+    done = run(
+        "--predictions", write(tmp_path / "p.jsonl", rows), *(["--data", gold_file(tmp_path)] if data else [])
+    )
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
@@ -381,7 +504,13 @@ class FakeRanks:
     device = torch.device("cpu")
 
     def __init__(self, rank, values, meeting):
-        self.rank, self.world, self.main, self.values, self.meeting = rank, len(values), rank == 0, values, meeting
+        self.rank, self.world, self.main, self.values, self.meeting = (
+            rank,
+            len(values),
+            rank == 0,
+            values,
+            meeting,
+        )
 
     def barrier(self):
         self.meeting.wait()
@@ -398,7 +527,13 @@ class FakeVlm(types.SimpleNamespace):
     def __init__(self, ranks=(0,), dies_at=None, own="reason"):
         meeting, values = threading.Barrier(len(ranks), timeout=60), [None] * len(ranks)
         super().__init__(
-            torch=torch, DTYPES={"bf16": torch.bfloat16, "fp32": torch.float32}, dies_at=dies_at, own=own, items=[], loaded=[], calls=[]
+            torch=torch,
+            DTYPES={"bf16": torch.bfloat16, "fp32": torch.float32},
+            dies_at=dies_at,
+            own=own,
+            items=[],
+            loaded=[],
+            calls=[],
         )
         self.ranks = iter([FakeRanks(rank, values, meeting) for rank in ranks])
 
@@ -417,13 +552,25 @@ class FakeVlm(types.SimpleNamespace):
     def adapter_prompt(self, folder):
         return self.own
 
-    def generate(self, model, processor, items, n, max_new_tokens, temperature, top_p, keys, batch_rows, static):
-        self.calls.append({"n": n, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "rows": len(items) * n})
+    def generate(
+        self, model, processor, items, n, max_new_tokens, temperature, top_p, keys, batch_rows, static
+    ):
+        self.calls.append(
+            {
+                "n": n,
+                "max_new_tokens": max_new_tokens,
+                "temperature": temperature,
+                "top_p": top_p,
+                "rows": len(items) * n,
+            }
+        )
         if self.dies_at is not None and len(self.items) + len(items) > self.dies_at:
             raise KeyboardInterrupt
         self.items += items
         text = [respond(common.format_answer([GOLD]), think=f"key {key}") for key in keys]
-        return [[types.SimpleNamespace(text=f"{t}", ids=[1, 2], finished=True) for _ in range(n)] for t in text]
+        return [
+            [types.SimpleNamespace(text=f"{t}", ids=[1, 2], finished=True) for _ in range(n)] for t in text
+        ]
 
 
 @pytest.fixture
@@ -431,7 +578,12 @@ def tweets(tmp_path):
     for size in (28, 280):
         Image.new("RGB", (size, size)).save(tmp_path / f"{size}.png")
     rows = [
-        {"id": f"t{i}", "text": "word " * i + "{text}", "image": "280.png" if i == 3 else "28.png", "quintuples": [list(GOLD)]}
+        {
+            "id": f"t{i}",
+            "text": "word " * i + "{text}",
+            "image": "280.png" if i == 3 else "28.png",
+            "quintuples": [list(GOLD)],
+        }
         for i in range(6)
     ]
     return write(tmp_path / "data.jsonl", rows)
@@ -439,7 +591,9 @@ def tweets(tmp_path):
 
 def evaluate(monkeypatch, vlm, data, out, *more):
     monkeypatch.setitem(sys.modules, "vlm", vlm)
-    ev.main(ev.parse_args(["--model", "tiny", "--data", str(data), "--out", str(out), "--batch-rows", "2", *more]))
+    ev.main(
+        ev.parse_args(["--model", "tiny", "--data", str(data), "--out", str(out), "--batch-rows", "2", *more])
+    )
     return vlm
 
 
@@ -448,19 +602,40 @@ def test_predict_stores_then_scores(monkeypatch, tweets, tmp_path, capsys):
     adapter.mkdir()
     (adapter / "adapter_model.safetensors").write_bytes(b"weights")
     out = tmp_path / "run"
-    vlm = evaluate(monkeypatch, FakeVlm(), tweets, out, "--adapter", str(adapter), "--samples", "3", "--batch-rows", "7")
+    vlm = evaluate(
+        monkeypatch, FakeVlm(), tweets, out, "--adapter", str(adapter), "--samples", "3", "--batch-rows", "7"
+    )
     assert vlm.loaded == ["tiny", str(adapter)]
-    assert vlm.calls[0] == {"n": 3, "max_new_tokens": 2048, "temperature": 0.8, "top_p": 1.0, "rows": 6}  # the paper's
+    assert vlm.calls[0] == {
+        "n": 3,
+        "max_new_tokens": 2048,
+        "temperature": 0.8,
+        "top_p": 1.0,
+        "rows": 6,
+    }  # the paper's
     order = [prompt.split("Tweet: ")[1].split("{text}")[0].count("word") for prompt, _ in vlm.items]
     assert order == [3, 5, 4, 2, 1, 0]  # longest first, the image included; a brace in a tweet is text
     assert "<think>" in vlm.items[0][0] and Path(vlm.items[0][1]).name == "280.png"
     rows = [row for _, row in common.read_jsonl(out / "predictions.jsonl")]
-    assert [row["id"] for row in rows] == [f"t{i}" for i in range(6)] and len(rows[0]["responses"]) == 3  # in the order of the data
-    assert rows[0]["image"] == "../28.png" and rows[0]["prompt"] == "reason" and rows[0]["quintuples"] == [list(GOLD)]
-    assert sorted(path.name for path in out.iterdir()) == [".lock", "metrics.json", "predictions.jsonl", "quintuples.jsonl"]
+    assert [row["id"] for row in rows] == [f"t{i}" for i in range(6)] and len(
+        rows[0]["responses"]
+    ) == 3  # in the order of the data
+    assert (
+        rows[0]["image"] == "../28.png"
+        and rows[0]["prompt"] == "reason"
+        and rows[0]["quintuples"] == [list(GOLD)]
+    )
+    assert sorted(path.name for path in out.iterdir()) == [
+        ".lock",
+        "metrics.json",
+        "predictions.jsonl",
+        "quintuples.jsonl",
+    ]
     assert json.loads((out / "metrics.json").read_text())["scores"]["jmere"]["f1"] == 1.0
     capsys.readouterr()
-    (adapter / "adapter_model.safetensors").write_bytes(b"trained on")  # same folder, other weights: not the old predictions
+    (adapter / "adapter_model.safetensors").write_bytes(
+        b"trained on"
+    )  # same folder, other weights: not the old predictions
     with pytest.raises(SystemExit):
         evaluate(monkeypatch, FakeVlm(), tweets, out, "--adapter", str(adapter), "--samples", "3")
     assert "adapter" in capsys.readouterr().err
@@ -506,9 +681,17 @@ def test_ranks_share_the_work_and_rank_0_merges(monkeypatch, tweets, tmp_path):
     with ThreadPoolExecutor(2) as pool:  # one thread a rank, with a real barrier
         monkeypatch.setitem(sys.modules, "vlm", vlm)
         args = ["--model", "tiny", "--data", str(tweets), "--out", str(two), "--batch-rows", "2"]
-        assert [done.result() for done in [pool.submit(ev.main, ev.parse_args(args)) for _ in (0, 1)]] == [None, None]
+        assert [done.result() for done in [pool.submit(ev.main, ev.parse_args(args)) for _ in (0, 1)]] == [
+            None,
+            None,
+        ]
     assert len(vlm.items) == len(set(vlm.items)) == 6 and sorted(c["rows"] for c in vlm.calls) == [1, 1, 2, 2]
-    assert sorted(path.name for path in two.iterdir()) == [".lock", "metrics.json", "predictions.jsonl", "quintuples.jsonl"]
+    assert sorted(path.name for path in two.iterdir()) == [
+        ".lock",
+        "metrics.json",
+        "predictions.jsonl",
+        "quintuples.jsonl",
+    ]
     assert (two / "predictions.jsonl").read_bytes() == (one / "predictions.jsonl").read_bytes()
 
 
@@ -518,7 +701,9 @@ def test_limit_keeps_what_is_stored(monkeypatch, tweets, tmp_path, capsys):
     assert len(evaluate(monkeypatch, FakeVlm(), tweets, out).items) == 4
     before = (out / "predictions.jsonl").read_bytes()
     evaluate(monkeypatch, FakeVlm(), tweets, out, "--limit", "2")
-    assert (out / "predictions.jsonl").read_bytes() == before and "2 tweets, 2 stored already" in capsys.readouterr().out
+    assert (
+        out / "predictions.jsonl"
+    ).read_bytes() == before and "2 tweets, 2 stored already" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -553,7 +738,12 @@ def test_tweets_without_gold_are_predicted_and_not_scored(monkeypatch, tweets, t
     assert answer == {"id": "t0", "quintuples": [list(GOLD)]}
     assert "scores" not in json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert (
-        ev.main(ev.parse_args(["--predictions", str(tmp_path / "run" / "predictions.jsonl"), "--data", str(tweets)])) is None
+        ev.main(
+            ev.parse_args(
+                ["--predictions", str(tmp_path / "run" / "predictions.jsonl"), "--data", str(tweets)]
+            )
+        )
+        is None
     )  # gold later
     assert "100.00" in capsys.readouterr().out
 
@@ -586,25 +776,38 @@ ENV = {
 @pytest.fixture(scope="module")
 def small_world(tmp_path_factory):
     out = tmp_path_factory.mktemp("world")
-    subprocess.run([sys.executable, ROOT / "demo/world.py", "--out", out, "--train", "1", "--val", "1", "--test", "5"], check=True, env=ENV)
+    subprocess.run(
+        [sys.executable, ROOT / "demo/world.py", "--out", out, "--train", "1", "--val", "1", "--test", "5"],
+        check=True,
+        env=ENV,
+    )
     return out
 
 
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "llava"])
 def tiny(request, tmp_path_factory):
     out = tmp_path_factory.mktemp(request.param)
-    subprocess.run([sys.executable, ROOT / "demo/make_base.py", "--arch", request.param, "--out", out], check=True, env=ENV)
+    subprocess.run(
+        [sys.executable, ROOT / "demo/make_base.py", "--arch", request.param, "--out", out],
+        check=True,
+        env=ENV,
+    )
     return out
 
 
 def shell(command, *args):
-    done = subprocess.run([*map(str, command), *map(str, args)], capture_output=True, text=True, env=ENV, cwd=ROOT, timeout=300)
+    done = subprocess.run(
+        [*map(str, command), *map(str, args)], capture_output=True, text=True, env=ENV, cwd=ROOT, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def texts(out):
-    return {row["id"]: [r["text"] for r in row["responses"]] for _, row in common.read_jsonl(out / "predictions.jsonl")}
+    return {
+        row["id"]: [r["text"] for r in row["responses"]]
+        for _, row in common.read_jsonl(out / "predictions.jsonl")
+    }
 
 
 def test_a_real_model_predicts_the_same_on_any_number_of_ranks(tiny, small_world, tmp_path):
@@ -614,10 +817,21 @@ def test_a_real_model_predicts_the_same_on_any_number_of_ranks(tiny, small_world
     torch.manual_seed(1)
     model = vlm.add_lora(model, 4, 8)
     vlm.save_adapter(model, processor, tmp_path / "adapter", "direct")
-    common_args = ["--model", tiny, "--adapter", tmp_path / "adapter", "--data", small_world / "test.jsonl", "--max-new-tokens", "12"]
+    common_args = [
+        "--model",
+        tiny,
+        "--adapter",
+        tmp_path / "adapter",
+        "--data",
+        small_world / "test.jsonl",
+        "--max-new-tokens",
+        "12",
+    ]
     sampled = [*common_args, "--samples", "3"]
     one = shell([sys.executable, "05_eval.py"], *sampled, "--out", tmp_path / "one", "--batch-rows", "3")
-    assert "5 tweets, 0 stored already, 3 responses each, direct prompt, fp32" in one and "15 responses" in one
+    assert (
+        "5 tweets, 0 stored already, 3 responses each, direct prompt, fp32" in one and "15 responses" in one
+    )
     launcher = shutil.which("deepspeed", path=ENV["PATH"])
     if launcher is None:
         pytest.skip("the deepspeed launcher is not installed")
@@ -634,7 +848,9 @@ def test_a_real_model_predicts_the_same_on_any_number_of_ranks(tiny, small_world
         "--report",
     )
     assert texts(tmp_path / "one") == texts(tmp_path / "two")
-    assert len({text for answers in texts(tmp_path / "one").values() for text in answers}) > 10  # sampled, not one text for all
+    assert (
+        len({text for answers in texts(tmp_path / "one").values() for text in answers}) > 10
+    )  # sampled, not one text for all
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [
         *(".lock", "metrics.json", "predictions.jsonl", "quintuples.jsonl", "report.html")
     ]

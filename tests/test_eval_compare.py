@@ -31,11 +31,20 @@ def write(path, rows):
 def stored(path, answers, golds):
     """predictions.jsonl of tweets t0, t1, …; answers: a list of quintuple lists a tweet, None where the response is no answer."""
     texts = [
-        [f"<think>x{i % 3}</think><answer>{'?' if a is None else common.format_answer(a)}</answer>" for i, a in enumerate(r)]
+        [
+            f"<think>x{i % 3}</think><answer>{'?' if a is None else common.format_answer(a)}</answer>"
+            for i, a in enumerate(r)
+        ]
         for r in answers
     ]
     rows = [
-        {"id": f"t{i}", "text": f"tweet {i}", "image": "x.png", "quintuples": [list(q) for q in gold], "prompt": "reason"}
+        {
+            "id": f"t{i}",
+            "text": f"tweet {i}",
+            "image": "x.png",
+            "quintuples": [list(q) for q in gold],
+            "prompt": "reason",
+        }
         | {"responses": [{"text": text, "finished": True} for text in responses]}
         for i, (gold, responses) in enumerate(zip(golds, texts))
     ]
@@ -45,7 +54,11 @@ def stored(path, answers, golds):
 def run(*args, **env):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI")} | env
     done = subprocess.run(
-        [sys.executable, ROOT / "05_eval.py", *map(str, args)], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, ROOT / "05_eval.py", *map(str, args)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert "Traceback" not in done.stderr, done.stderr
     return done
@@ -67,12 +80,19 @@ def random_predictions(examples=12, n=7, seed=0):
 @pytest.mark.parametrize("how, tau", [("set", 0.5), ("tuple", 0.3), ("tuple", 0.5), ("tuple", 1.0)])
 def test_f1_at_k_is_the_vote_of_every_subset(how, tau):
     preds, golds = random_predictions()
-    curve, rng, wanted = ev.f1_at_k(preds, golds, how, tau, subsets=5, seed=9), np.random.default_rng(9), np.zeros((5, 7))
+    curve, rng, wanted = (
+        ev.f1_at_k(preds, golds, how, tau, subsets=5, seed=9),
+        np.random.default_rng(9),
+        np.zeros((5, 7)),
+    )
     orders = [rng.permuted(np.tile(np.arange(7), (5, 1)), axis=1) for _ in preds]
     for s in range(5):
         for k in range(1, 8):
             chosen = [sorted(order[s, :k]) for order in orders]
-            voted = [ev.vote([p.answers[i] for i in c], [p.parsed[i] for i in c], how, tau) for p, c in zip(preds, chosen)]
+            voted = [
+                ev.vote([p.answers[i] for i in c], [p.parsed[i] for i in c], how, tau)
+                for p, c in zip(preds, chosen)
+            ]
             wanted[s, k - 1] = common.score(voted, golds)["jmere"]["f1"]
     assert curve == pytest.approx(wanted)
     assert np.ptp(curve[:, 6]) == 0 and curve[:, 1:6].std() > 0  # all of N is one subset
@@ -92,13 +112,17 @@ def test_diversity_by_hand(tmp_path):
     assert done.returncode == 0, done.stderr
     many = json.loads((tmp_path / "out/metrics.json").read_text())["samples"]
     single = [2 * tp / (pred + 3) for tp, pred in ((1, 2), (2, 3), (2, 2), (1, 1))]  # gold 3
-    assert many["single_mean"] == pytest.approx(np.mean(single)) and many["single_std"] == pytest.approx(np.std(single))
+    assert many["single_mean"] == pytest.approx(np.mean(single)) and many["single_std"] == pytest.approx(
+        np.std(single)
+    )
     assert many["best_of_n"] == 1.0 and many["distinct_answers"] == 2.5 and many["distinct_paths"] == 3
     assert many["f1_at_k"][3] == pytest.approx([4, 0.8, 0]) and "best of 4 (oracle) 100.00" in done.stdout
 
 
 def test_tau_comes_from_validation(tmp_path):
-    validation = stored(tmp_path / "val.jsonl", [[[A], [A], [B], [A, B]]] * 3, [[A]] * 3)  # A has 3 of 4 votes, B 2 of 4
+    validation = stored(
+        tmp_path / "val.jsonl", [[[A], [A], [B], [A, B]]] * 3, [[A]] * 3
+    )  # A has 3 of 4 votes, B 2 of 4
     test = stored(tmp_path / "test.jsonl", [[[A], [A], [C], [B]]] * 2, [[A, B]] * 2)
     done = run("--predictions", test, "--vote", "tuple", "--tau-from", validation)
     assert done.returncode == 0 and "--tau 0.65, the best on" in done.stdout  # 0.55 … 0.75 are equally good
@@ -113,22 +137,44 @@ def test_compare_prints_the_papers_tables(tmp_path):
     stored(tmp_path / "sft" / "predictions.jsonl", [[[A] if i < 10 else [B]] for i in range(40)], golds)
     stored(tmp_path / "r1" / "predictions.jsonl", [[[A] if i < 30 else [B]] for i in range(40)], golds)
     other = write(tmp_path / "mine.jsonl", [{"id": f"t{i}", "quintuples": [list(A)]} for i in range(10)])
-    done = run("--compare", tmp_path / "sft", f"jmere_r1={tmp_path / 'r1'}", f"no filters at all={other}", "--out", tmp_path / "out")
+    done = run(
+        "--compare",
+        tmp_path / "sft",
+        f"jmere_r1={tmp_path / 'r1'}",
+        f"no filters at all={other}",
+        "--out",
+        tmp_path / "out",
+    )
     assert done.returncode == 0, done.stderr
     rows = {row["name"]: row for row in json.loads((tmp_path / "out/compare.json").read_text())}
-    assert rows["sft"]["scores"]["jmere"]["f1"] == 0.25 and rows["sft"]["paper"][2] == 51.95 and "p" not in rows["sft"]
+    assert (
+        rows["sft"]["scores"]["jmere"]["f1"] == 0.25
+        and rows["sft"]["paper"][2] == 51.95
+        and "p" not in rows["sft"]
+    )
     assert rows["jmere_r1"]["f1_difference"] == pytest.approx(0.5) and rows["jmere_r1"]["p"] < 0.01
     low, high = rows["jmere_r1"]["difference_95"]
     assert 0.3 < low < 0.5 < high < 0.7
-    assert rows["no filters at all"]["without_prediction"] == 30 and rows["no filters at all"]["section"] == "Ablations (Table 2)"
+    assert (
+        rows["no filters at all"]["without_prediction"] == 30
+        and rows["no filters at all"]["section"] == "Ablations (Table 2)"
+    )
     assert rows["EEGA"]["paper"] == [58.26, 52.61, 55.29, 78.59] and "scores" not in rows["EEGA"]
     line = next(line for line in done.stdout.splitlines() if line.startswith("jmere_r1"))
     assert (
-        line.split()[1:4] == ["75.00", "75.00", "75.00"] and line.split()[-4:] == ["58.99", "54.84", "56.84", "79.20"] and "+50.00" in line
+        line.split()[1:4] == ["75.00", "75.00", "75.00"]
+        and line.split()[-4:] == ["58.99", "54.84", "56.84", "79.20"]
+        and "+50.00" in line
     )
-    assert done.stdout.index("zero-shot GPT-4o") < done.stdout.index("EEGA") < done.stdout.index("no filters at all")
+    assert (
+        done.stdout.index("zero-shot GPT-4o")
+        < done.stdout.index("EEGA")
+        < done.stdout.index("no filters at all")
+    )
     markdown = (tmp_path / "out/compare.md").read_text(encoding="utf-8").splitlines()
-    assert {line.count("|") for line in markdown if line} == {14} and any(line.startswith("| jmere_r1 | 75.00 |") for line in markdown)
+    assert {line.count("|") for line in markdown if line} == {14} and any(
+        line.startswith("| jmere_r1 | 75.00 |") for line in markdown
+    )
 
 
 def test_the_paired_bootstrap_is_paired(tmp_path):
@@ -146,7 +192,10 @@ def test_the_paired_bootstrap_is_paired(tmp_path):
 
 @pytest.mark.parametrize(
     "golds, names, message",
-    [([[A]] * 3, ("a", "b"), "ids are not in the data"), ([[A]] * 2, ("SFT", "sft"), "two runs are named sft")],
+    [
+        ([[A]] * 3, ("a", "b"), "ids are not in the data"),
+        ([[A]] * 2, ("SFT", "sft"), "two runs are named sft"),
+    ],
 )
 def test_runs_that_cannot_be_compared(tmp_path, golds, names, message):
     one = stored(tmp_path / "1.jsonl", [[[A]]] * 2, [[A]] * 2)
@@ -161,7 +210,9 @@ def test_runs_that_cannot_be_compared(tmp_path, golds, names, message):
 @pytest.fixture
 def tweets(tmp_path):
     Image.new("RGB", (30, 20), "red").save(tmp_path / "x.png")
-    rows = [{"id": f"t{i}", "text": f"tweet {i}", "image": "x.png", "quintuples": [list(A)]} for i in range(4)]
+    rows = [
+        {"id": f"t{i}", "text": f"tweet {i}", "image": "x.png", "quintuples": [list(A)]} for i in range(4)
+    ]
     return write(tmp_path / "data.jsonl", rows)
 
 
@@ -180,11 +231,17 @@ def test_api_model_is_asked_once_and_scored(tweets, tmp_path):
         assert run(*command).returncode == 3 and not server.requests  # no key
         done = run(*command, "--samples", "3", **key)
         assert done.returncode == 0, done.stderr
-        assert len(server.requests) == 4 and "temperature" not in server.requests[0]["body"] and server.requests[0]["body"]["n"] == 3
+        assert (
+            len(server.requests) == 4
+            and "temperature" not in server.requests[0]["body"]
+            and server.requests[0]["body"]["n"] == 3
+        )
         assert "Output only the final answer" in server.requests[0]["prompt"]
         assert "12 responses, 12 well formed, 0 cut off, 3 unparsed" in done.stdout
         metrics = json.loads((out / "metrics.json").read_text())
-        assert [metrics["scores"]["jmere"][name] for name in ("tp", "pred", "gold")] == [3, 3, 4] and metrics["errors"]["unparsed"] == [
+        assert [metrics["scores"]["jmere"][name] for name in ("tp", "pred", "gold")] == [3, 3, 4] and metrics[
+            "errors"
+        ]["unparsed"] == [
             0,
             1,
         ]
@@ -194,7 +251,11 @@ def test_api_model_is_asked_once_and_scored(tweets, tmp_path):
         other = run(*command, "--temperature", "0.1", **key)
         assert other.returncode == 2 and "--fresh" in other.stderr and len(server.requests) == 8
         again = run(*command, "--fresh", "--temperature", "0.1", "--limit", "1", **key)
-        assert again.returncode == 0 and len(server.requests) == 9 and server.requests[8]["body"]["temperature"] == 0.1
+        assert (
+            again.returncode == 0
+            and len(server.requests) == 9
+            and server.requests[8]["body"]["temperature"] == 0.1
+        )
         assert len((out / "answers.jsonl").read_text().splitlines()) == 1
 
 
@@ -203,21 +264,45 @@ def test_api_model_is_asked_by_batches(tweets, tmp_path):
     with FakeOpenAI(model) as server:
         command = ["--api", "--model", "fake", "--base-url", server.url, "--data", tweets]
         submitted = run(*command, "--out", tmp_path / "batched", "--batch", "submit", **key)
-        assert submitted.returncode == 0 and len(server.batches) == 1 and not (tmp_path / "batched" / "metrics.json").exists()
+        assert (
+            submitted.returncode == 0
+            and len(server.batches) == 1
+            and not (tmp_path / "batched" / "metrics.json").exists()
+        )
         assert run(*command, "--out", tmp_path / "batched", "--batch", "collect", **key).returncode == 0
         assert run(*command, "--out", tmp_path / "live", **key).returncode == 0
-    assert (tmp_path / "batched" / "metrics.json").read_text() == (tmp_path / "live" / "metrics.json").read_text()
+    assert (tmp_path / "batched" / "metrics.json").read_text() == (
+        tmp_path / "live" / "metrics.json"
+    ).read_text()
 
 
 def test_failed_calls_are_counted(tweets, tmp_path):
     with FakeOpenAI(model, faults=["400"]) as server:
-        command = ["--api", "--model", "fake", "--base-url", server.url, "--data", tweets, "--out", tmp_path / "run", "--concurrency", "1"]
+        command = [
+            "--api",
+            "--model",
+            "fake",
+            "--base-url",
+            server.url,
+            "--data",
+            tweets,
+            "--out",
+            tmp_path / "run",
+            "--concurrency",
+            "1",
+        ]
         done = run(*command, OPENAI_API_KEY="sk-x")
-        assert done.returncode == 1 and "1 without a prediction (counted as empty)" in done.stdout and "1 of 4 calls failed" in done.stderr
+        assert (
+            done.returncode == 1
+            and "1 without a prediction (counted as empty)" in done.stdout
+            and "1 of 4 calls failed" in done.stderr
+        )
         assert run(*command, OPENAI_API_KEY="sk-x").returncode == 0 and len(server.requests) == 5
 
 
-@pytest.mark.parametrize("args", [["--budget", "3"], ["--api", "--adapter", "a"], ["--dry-run"], ["--batch", "submit"]])
+@pytest.mark.parametrize(
+    "args", [["--budget", "3"], ["--api", "--adapter", "a"], ["--dry-run"], ["--batch", "submit"]]
+)
 def test_arguments_of_the_api(args):
     with pytest.raises(SystemExit):
         ev.parse_args(["--model", "m", "--data", "d", "--out", "o", *args])

@@ -23,7 +23,11 @@ EVIL = "<script>document.title='x'</script></script><img src=x onerror=document.
 COT = "Image Description: a man {0}\nVisual-Text Alignment: he is Josh Gordon\nQuintuple Reasoning: so per, and a member"
 ANSWERS = {  # id: (answers of the responses, gold, class of the error)
     "right": ([[GOLD], [GOLD]], [GOLD], "correct"),
-    "turned": ([[GOLD._replace(head="Browns", head_type="org", tail="Josh Gordon", tail_type="per")]] * 2, [GOLD], "direction"),
+    "turned": (
+        [[GOLD._replace(head="Browns", head_type="org", tail="Josh Gordon", tail_type="per")]] * 2,
+        [GOLD],
+        "direction",
+    ),
     "cut": ([[GOLD._replace(head="Josh")]] * 2, [GOLD], "span"),
     "typed": ([[GOLD._replace(head_type="org")]] * 2, [GOLD], "type"),
     "related": ([[GOLD._replace(relation="peer")]] * 2, [GOLD], "relation"),
@@ -41,11 +45,25 @@ def report(tmp_path_factory):
     rows = []
     for name, (answers, gold, _) in ANSWERS.items():
         texts = [EVIL if a is None else common.format_response(COT.format(EVIL), a) for a in answers]
-        row = {"id": name, "text": f"{EVIL} Josh Gordon of the Browns {'x' * 200}", "image": "x.png" if name != "cut" else "gone.png"}
+        row = {
+            "id": name,
+            "text": f"{EVIL} Josh Gordon of the Browns {'x' * 200}",
+            "image": "x.png" if name != "cut" else "gone.png",
+        }
         responses = [{"text": text, "finished": True} for text in texts]
-        rows.append({**row, "quintuples": [list(q) for q in gold], "prompt": "reason", "responses": responses})
+        rows.append(
+            {**row, "quintuples": [list(q) for q in gold], "prompt": "reason", "responses": responses}
+        )
     (folder / "predictions.jsonl").write_text("".join(map(common.jsonl_line, rows)), encoding="utf-8")
-    command = [sys.executable, ROOT / "05_eval.py", "--predictions", folder / "predictions.jsonl", "--out", folder, "--report"]
+    command = [
+        sys.executable,
+        ROOT / "05_eval.py",
+        "--predictions",
+        folder / "predictions.jsonl",
+        "--out",
+        folder,
+        "--report",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "8 of 8 tweets, 7 with their image" in done.stdout
@@ -53,16 +71,31 @@ def report(tmp_path_factory):
 
 
 def block(report):
-    return json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', report.read_text(encoding="utf-8"), re.S)[1])
+    return json.loads(
+        re.search(
+            r'<script id="data" type="application/json">(.*?)</script>',
+            report.read_text(encoding="utf-8"),
+            re.S,
+        )[1]
+    )
 
 
 def test_the_page_holds_the_run(report):
     data = block(report)
     shown = {row["id"]: row for row in data["shown"]}
-    assert {name: row["items"][0][0] for name, row in shown.items()} == {name: kind for name, (_, _, kind) in ANSWERS.items()}
+    assert {name: row["items"][0][0] for name, row in shown.items()} == {
+        name: kind for name, (_, _, kind) in ANSWERS.items()
+    }
     assert shown["turned"]["items"] == [["direction", list(ANSWERS["turned"][0][0][0]), list(GOLD)]]
-    assert shown["right"]["reason"][1] == ["Visual-Text Alignment", "he is Josh Gordon"] and len(shown["right"]["reason"]) == 3
-    assert shown["right"]["votes"] == [2, 2, 1] and shown["broken"]["raw"] == EVIL and shown["right"]["raw"] is None
+    assert (
+        shown["right"]["reason"][1] == ["Visual-Text Alignment", "he is Josh Gordon"]
+        and len(shown["right"]["reason"]) == 3
+    )
+    assert (
+        shown["right"]["votes"] == [2, 2, 1]
+        and shown["broken"]["raw"] == EVIL
+        and shown["right"]["raw"] is None
+    )
     assert shown["cut"]["image"] is None and len(shown["right"]["image"]) < 20_000  # scaled down
     assert data["metrics"] == json.loads((report.parent / "metrics.json").read_text(encoding="utf-8"))
     assert ["JMERE-R1", 56.84] in data["paper"]
@@ -70,8 +103,13 @@ def test_the_page_holds_the_run(report):
 
 def test_the_page_loads_nothing_and_data_stays_data(report):
     page, template = report.read_text(encoding="utf-8"), (ROOT / "report.html").read_text(encoding="utf-8")
-    assert page.count("<script") == template.count("<script") == 2 and page.count("<img") == template.count("<img") == 0
-    assert set(re.findall(r"\w+://[^\s\"']+", template)) == {"http://www.w3.org/2000/svg"}  # a name, never fetched
+    assert (
+        page.count("<script") == template.count("<script") == 2
+        and page.count("<img") == template.count("<img") == 0
+    )
+    assert set(re.findall(r"\w+://[^\s\"']+", template)) == {
+        "http://www.w3.org/2000/svg"
+    }  # a name, never fetched
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", template)
     assert "default-src 'none'" in page
 
@@ -87,7 +125,9 @@ def test_without_gold_there_are_examples_and_no_scores(tmp_path):
 
 # ------------------------------------------------------------------------------------------------ in a browser
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
+)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium here (apt-get install chromium)")
 PROBE = """<body style="margin:0"><iframe id="frame" style="width:{width}px;height:{height}px;border:0" src="{url}"></iframe><script>
 frame.onload = () => setTimeout(() => {{
@@ -131,9 +171,16 @@ def browse(folder, url, width, height, *more, act=False, picture=None):
         "--enable-logging=stderr",
         f"--user-data-dir={profile}",
     ]
-    command += ["--allow-file-access-from-files", "--virtual-time-budget=5000", f"--window-size={max(width, 500)},{height}", *more]
+    command += [
+        "--allow-file-access-from-files",
+        "--virtual-time-budget=5000",
+        f"--window-size={max(width, 500)},{height}",
+        *more,
+    ]
     command += [f"--screenshot={picture}" if picture else "--dump-dom", probe.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=120)
+    done = subprocess.run(
+        command, capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=120
+    )
     assert done.returncode == 0, done.stderr
     seen = re.search(r'data-seen="(.*?)"', done.stdout)
     return seen and json.loads(html.unescape(seen[1])), re.findall(r".*CONSOLE.*", done.stderr)
@@ -144,8 +191,13 @@ def browse(folder, url, width, height, *more, act=False, picture=None):
 def test_in_a_browser(report, tmp_path, width):
     seen, console = browse(tmp_path, report.as_uri(), width, 2000, act=True)
     assert console == [] and seen["ready"] == "yes"
-    assert seen["title"] == f"{report.parent.name}: JMERE evaluation" and (seen["scripts"], seen["loaded"]) == (2, 0)
-    assert seen["tweet"].startswith(EVIL) and seen["marks"] == 15  # <script> in a tweet stays text, entities are marked
+    assert seen["title"] == f"{report.parent.name}: JMERE evaluation" and (
+        seen["scripts"],
+        seen["loaded"],
+    ) == (2, 0)
+    assert (
+        seen["tweet"].startswith(EVIL) and seen["marks"] == 15
+    )  # <script> in a tweet stays text, entities are marked
     assert seen["overflow"] == 0 and seen["all"] == 8 and seen["pictures"] > 0
     assert (seen["direction"], seen["two"], seen["search"], seen["none"], seen["peer"]) == (1, 2, 7, 0, 1)
     assert set(seen["relations"]) == {"", "member of", "peer", common.normalise_label(EVIL)}
@@ -155,8 +207,18 @@ def test_in_a_browser(report, tmp_path, width):
 @pytest.mark.parametrize("width, scheme", [(1280, 1), (1280, 0), (390, 1)])
 def test_screenshots(report, tmp_path, width, scheme):
     """Kept in $SHOTS where that is set, for a person to look at. scheme: 0 dark, 1 light."""
-    picture = Path(os.environ.get("SHOTS", tmp_path)).absolute() / f"report-{width}-{'light' if scheme else 'dark'}.png"
-    _, console = browse(tmp_path, report.as_uri(), width, 3000, f"--blink-settings=preferredColorScheme={scheme}", picture=picture)
+    picture = (
+        Path(os.environ.get("SHOTS", tmp_path)).absolute()
+        / f"report-{width}-{'light' if scheme else 'dark'}.png"
+    )
+    _, console = browse(
+        tmp_path,
+        report.as_uri(),
+        width,
+        3000,
+        f"--blink-settings=preferredColorScheme={scheme}",
+        picture=picture,
+    )
     assert console == []
     image = Image.open(picture).convert("L")
     histogram = image.crop((0, 0, width, 3000)).histogram()

@@ -33,7 +33,10 @@ def decoder_config(model):
 def completions_of(model, lengths):
     legal = torch.tensor([i for i in range(10, 200) if i not in vlm.image_ids(model)])
     generator = torch.Generator().manual_seed(1)
-    return [[legal[torch.randint(len(legal), (n,), generator=generator)].tolist() for n in group] for group in lengths]
+    return [
+        [legal[torch.randint(len(legal), (n,), generator=generator)].tolist() for n in group]
+        for group in lengths
+    ]
 
 
 def transformers_logps(model, processor, items, completions, temperature=1.0):
@@ -41,13 +44,17 @@ def transformers_logps(model, processor, items, completions, temperature=1.0):
     rows = []
     for (text, image), group in zip(items, completions):
         content = [{"type": "image"}, {"type": "text", "text": text}]
-        chat = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
+        chat = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
         inputs = processor(text=[chat], images=[common.load_image(image)], return_tensors="pt")
         for ids in group:
             whole = dict(inputs, input_ids=torch.cat([inputs["input_ids"], torch.tensor([ids])], 1))
             whole["attention_mask"] = torch.ones_like(whole["input_ids"])
             if "mm_token_type_ids" in inputs:
-                whole["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, len(ids)))
+                whole["mm_token_type_ids"] = torch.nn.functional.pad(
+                    inputs["mm_token_type_ids"], (0, len(ids))
+                )
             logits = model(**whole).logits[0, -len(ids) - 1 : -1].float() / temperature
             rows.append(logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0])
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -101,7 +108,9 @@ def test_packed_row_equals_plain_and_transformers(loaded, attention, checkpointi
     model, processor, items = loaded
     found = compare(model, processor, items[:groups], LENGTHS[:groups], attention, checkpointing)
     for name, (logps, loss, gradients) in found.items():
-        assert max(logps, loss, gradients) <= TOLERANCE, f"{name}: log-probs {logps:.1e}, loss {loss:.1e}, gradients {gradients:.1e}"
+        assert max(logps, loss, gradients) <= TOLERANCE, (
+            f"{name}: log-probs {logps:.1e}, loss {loss:.1e}, gradients {gradients:.1e}"
+        )
 
 
 @pytest.mark.parametrize("fault", ["position", "neighbour", "head"])
@@ -111,7 +120,9 @@ def test_the_comparison_can_fail(loaded, fault, monkeypatch):
         right = vlm._positions
         monkeypatch.setattr(vlm, "_positions", lambda prompt, length: right(prompt, length) + 1)
     elif fault == "neighbour":  # responses see nothing of their own
-        monkeypatch.setattr(vlm.Packed, "_mask", lambda self, size, length, query: torch.zeros(query.shape[2], size + length))
+        monkeypatch.setattr(
+            vlm.Packed, "_mask", lambda self, size, length, query: torch.zeros(query.shape[2], size + length)
+        )
     else:  # the state of the token itself, not of the one before it
         right = vlm._hidden_shared
         monkeypatch.setattr(vlm, "_hidden_shared", lambda *args: right(*args).roll(-1, 0))
@@ -126,7 +137,9 @@ def test_bf16_is_as_near_to_fp32_as_the_plain_path(loaded):
     weights = {name: value.clone() for name, value in model.state_dict().items()}
 
     def run(shared_prefix):
-        logps, _, mask = vlm.completion_logps(model, vlm.encode(model, processor, items), completions, 1.0, shared_prefix)
+        logps, _, mask = vlm.completion_logps(
+            model, vlm.encode(model, processor, items), completions, 1.0, shared_prefix
+        )
         return logps.detach(), loss_and_gradients(model, logps, mask)[1]
 
     try:
@@ -139,7 +152,9 @@ def test_bf16_is_as_near_to_fp32_as_the_plain_path(loaded):
         model.float().load_state_dict(weights)
         model.zero_grad()
     for what, ours, theirs, truth in zip(("log-probs", "gradients"), shared, plain, exact):
-        print(f"bf16 {what}: shared {off(ours, truth):.1e}, plain {off(theirs, truth):.1e} from fp32; {off(ours, theirs):.1e} apart")
+        print(
+            f"bf16 {what}: shared {off(ours, truth):.1e}, plain {off(theirs, truth):.1e} from fp32; {off(ours, theirs):.1e} apart"
+        )
         assert off(ours, truth) <= 2 * off(theirs, truth)
 
 
@@ -166,7 +181,11 @@ def test_the_vocabulary_is_never_wider_than_a_chunk(loaded, monkeypatch):
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and out.ndim and out.shape[-1] == decoder_config(model).vocab_size:
+            if (
+                isinstance(out, torch.Tensor)
+                and out.ndim
+                and out.shape[-1] == decoder_config(model).vocab_size
+            ):
                 seen.append(out.numel() // out.shape[-1])
             return out
 
@@ -204,10 +223,19 @@ def test_greedy_tokens_equal_generate(loaded, static):
         config._attn_implementation = "sdpa"
         for (text, image), samples in zip(items, ours):
             content = [{"type": "image"}, {"type": "text", "text": text}]
-            chat = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
+            chat = processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+            )
             inputs = processor(text=[chat], images=[common.load_image(image)], return_tensors="pt")
-            plain = {"do_sample": False, "suppress_tokens": vlm.image_ids(model), "repetition_penalty": 1.0, "temperature": None}
-            expected = model.generate(**inputs, max_new_tokens=80, **plain)[0, inputs["input_ids"].shape[1] :].tolist()
+            plain = {
+                "do_sample": False,
+                "suppress_tokens": vlm.image_ids(model),
+                "repetition_penalty": 1.0,
+                "temperature": None,
+            }
+            expected = model.generate(**inputs, max_new_tokens=80, **plain)[
+                0, inputs["input_ids"].shape[1] :
+            ].tolist()
             assert [sample.ids for sample in samples] == [expected, expected]
     finally:
         config._attn_implementation = vlm.SHARED_PREFIX
@@ -228,10 +256,17 @@ def test_sampled_tokens_equal_a_loop_without_cache(loaded, static, monkeypatch):
         noise = vlm.uniforms(4, 20, key)
         for row, sample in enumerate(group):
             for step, token in enumerate(sample.ids):
-                embeds = torch.cat([prompt.embeds, base.get_input_embeddings()(torch.tensor(sample.ids[:step], dtype=torch.long))])
+                embeds = torch.cat(
+                    [
+                        prompt.embeds,
+                        base.get_input_embeddings()(torch.tensor(sample.ids[:step], dtype=torch.long)),
+                    ]
+                )
                 positions = torch.cat([prompt.positions, vlm._positions(prompt, step)], 1)[None]
                 with torch.no_grad():
-                    hidden = base.model.language_model(inputs_embeds=embeds[None], position_ids=vlm._as_rope(positions), use_cache=False)
+                    hidden = base.model.language_model(
+                        inputs_embeds=embeds[None], position_ids=vlm._as_rope(positions), use_cache=False
+                    )
                     logits = base.lm_head(hidden.last_hidden_state[:, -1])
                 logits[:, vlm.image_ids(model)] = -torch.inf
                 assert vlm._draw(logits, 1.0, 1.0, noise[row : row + 1, step]).item() == token
@@ -260,8 +295,16 @@ def test_a_disabled_adapter_samples_the_base(loaded, tiny):
 def test_pack_rows_by_hand():
     grpo, sizes, lengths = stage("04_grpo"), [10, 4], [[5, 1, 12], [9, 3, 2]]
     assert grpo.pack_rows(sizes, lengths) == [(0, [2, 0, 1]), (1, [0, 1, 2])]  # 28 and 18 tokens
-    assert grpo.pack_rows(sizes, lengths, limit=16) == [(0, [2]), (0, [0, 1]), (1, [0, 1]), (1, [2])]  # 22, 16, 16, 6
-    assert grpo.pack_rows(sizes, lengths, skip={0}) == [(1, [0, 1, 2])] and grpo.pack_rows(sizes, lengths, skip={0, 1}) == []
+    assert grpo.pack_rows(sizes, lengths, limit=16) == [
+        (0, [2]),
+        (0, [0, 1]),
+        (1, [0, 1]),
+        (1, [2]),
+    ]  # 22, 16, 16, 6
+    assert (
+        grpo.pack_rows(sizes, lengths, skip={0}) == [(1, [0, 1, 2])]
+        and grpo.pack_rows(sizes, lengths, skip={0, 1}) == []
+    )
     rows = grpo.pack_rows(sizes, lengths, limit=16)
     assert grpo.row_positions(rows, sizes, lengths, True) == (10 + 4 + 32, 22 + 16 + 16 + 6)
     assert grpo.row_positions(grpo.pack_rows(sizes, lengths), sizes, lengths, True) == (46, 46)
@@ -286,7 +329,11 @@ def test_split_group_has_the_gradient_of_the_whole(loaded):
 
     one, loss, whole = gradient(None)
     two, split_loss, split = gradient(len(prompts[0].embeds) + 12)
-    assert (one, two) == (1, 2) and off(split, whole) <= TOLERANCE and abs(split_loss - loss) <= TOLERANCE * abs(loss)
+    assert (
+        (one, two) == (1, 2)
+        and off(split, whole) <= TOLERANCE
+        and abs(split_loss - loss) <= TOLERANCE * abs(loss)
+    )
 
 
 REWARDS = """
@@ -306,16 +353,41 @@ def test_every_way_to_compute_an_update_gives_the_same(tiny, world, tmp_path):
     """Shared, plain, and on two ranks split into rows with the constant group left out, so that one rank has more to do."""
     constant = str(common.load_examples(world / "train.jsonl")[0].quintuples)
     (tmp_path / "grpo.py").write_text(REWARDS.format(root=str(ROOT), constant=constant))
-    data = ("--model", tiny("qwen2_5_vl"), "--data", world / "train.jsonl", "--limit", 4, "--epochs", 1, "--lora-rank", 4)
+    data = (
+        "--model",
+        tiny("qwen2_5_vl"),
+        "--data",
+        world / "train.jsonl",
+        "--limit",
+        4,
+        "--epochs",
+        1,
+        "--lora-rank",
+        4,
+    )
     ways = {
         "shared": (("--batch-size", 4), None),
         "plain": (("--batch-size", 4, "--no-shared-prefix"), None),
-        "split": (("--batch-size", 2, "--skip-constant-groups", "--pack-tokens", 150, "--gradient-checkpointing"), 2),
+        "split": (
+            ("--batch-size", 2, "--skip-constant-groups", "--pack-tokens", 150, "--gradient-checkpointing"),
+            2,
+        ),
     }
     rows = {}
     for name, (options, ranks) in ways.items():
         out = tmp_path / name
-        run_script(tmp_path / "grpo.py", *data, "--group-size", 3, "--max-new-tokens", 8, *options, "--out", out, ranks=ranks)
+        run_script(
+            tmp_path / "grpo.py",
+            *data,
+            "--group-size",
+            3,
+            "--max-new-tokens",
+            8,
+            *options,
+            "--out",
+            out,
+            ranks=ranks,
+        )
         [rows[name]] = [row for _, row in common.read_jsonl(out / "metrics.jsonl")]
     first = rows["shared"]
     assert (

@@ -66,14 +66,20 @@ def rows_of(path):
 
 
 def test_killed_anywhere_bitwise_the_same(folder):
-    assert kill_points.run(folder, points=2, seed=os.getpid()) == 0  # other points in each run of the tests; they are printed
+    assert (
+        kill_points.run(folder, points=2, seed=os.getpid()) == 0
+    )  # other points in each run of the tests; they are printed
 
 
 def test_sigterm_and_sigint_finish_the_step_and_save(start, sft):
     for number in (signal.SIGTERM, signal.SIGINT):
         answer = start("03_sft", kill_at=25, signal=number)
-        assert answer["code"] == 0 and "stopping: this step is finished and saved first" in answer["text"], answer["text"]
-        stopped = re.search(r"stopped after step (\d) of 6, saved in .*last: the same command goes on", answer["text"])
+        assert answer["code"] == 0 and "stopping: this step is finished and saved first" in answer["text"], (
+            answer["text"]
+        )
+        stopped = re.search(
+            r"stopped after step (\d) of 6, saved in .*last: the same command goes on", answer["text"]
+        )
         if stopped:  # the second signal may fall into the last step
             assert rows_of(answer["out"] / "metrics.jsonl")[-1]["step"] == int(stopped[1])
     answer = start("03_sft")
@@ -81,7 +87,9 @@ def test_sigterm_and_sigint_finish_the_step_and_save(start, sft):
 
 
 def test_logs_lose_the_steps_that_are_done_again(start, sft):
-    answer = start("03_sft", "--stop-after", 3)  # a save at 3, then rows of a step that was never saved, and a torn one
+    answer = start(
+        "03_sft", "--stop-after", 3
+    )  # a save at 3, then rows of a step that was never saved, and a torn one
     with open(answer["out"] / "metrics.jsonl", "a") as handle:
         handle.write('{"step": 4, "loss": 99}\n{"step": 5, "lo')
     start("03_sft")
@@ -92,7 +100,11 @@ def test_logs_lose_the_steps_that_are_done_again(start, sft):
 def test_refused(start, sft, inputs, tmp_path):
     before = kill_points.contents(sft)
     answer = start("03_sft", "--seed", 5, "--lr", 3, out=sft)
-    assert answer["code"] == 2 and "other arguments (lr 0.001 → 3.0; seed 0 → 5): choose another folder, or --fresh" in answer["text"]
+    assert (
+        answer["code"] == 2
+        and "other arguments (lr 0.001 → 3.0; seed 0 → 5): choose another folder, or --fresh"
+        in answer["text"]
+    )
     with open(sft / ".lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         answer = start("03_sft", out=sft)
@@ -112,11 +124,20 @@ def test_a_start_that_failed_protects_nothing(start):
 
 
 def test_patience_ends_the_run_for_good(start):
-    more = ("--patience", 1, "--eval-every", 0.34)  # a random model answers nothing right: F1 0 at each validation
+    more = (
+        "--patience",
+        1,
+        "--eval-every",
+        0.34,
+    )  # a random model answers nothing right: F1 0 at each validation
     answer = start("03_sft", *more)
     assert "done after step 2 of 6: 1 validations without a better F1" in answer["text"], answer["text"]
     again = start("03_sft", *more)
-    assert again["code"] == 0 and "done after step 2" in again["text"] and len(rows_of(again["out"] / "metrics.jsonl")) == 2
+    assert (
+        again["code"] == 0
+        and "done after step 2" in again["text"]
+        and len(rows_of(again["out"] / "metrics.jsonl")) == 2
+    )
 
 
 def test_frozen_weights_are_not_written(sft, inputs):
@@ -137,12 +158,19 @@ def test_curves_validation_and_csv_monitor(start, tmp_path):
     out = answer["out"]
     assert answer["code"] == 0, answer["text"]
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert [row["id"] for row in rows_of(out / "validation" / "step-6.jsonl")] == ["val-00000", "val-00001", "val-00002"]
+    assert [row["id"] for row in rows_of(out / "validation" / "step-6.jsonl")] == [
+        "val-00000",
+        "val-00001",
+        "val-00002",
+    ]
     lines = (out / "monitor" / "csv_monitor" / "train_reward.csv").read_text().split()
     assert lines[0] == "step,reward" and [line.split(",")[0] for line in lines[1:]] == list("123456")
     rows = rows_of(out / "metrics.jsonl")
     assert [float(line.split(",")[1]) for line in lines[1:]] == [row["reward"] for row in rows]
-    assert rows[0]["kl"] == 0 and {"reward_std", "partial_std", "constant_groups", "length", "cut_off", "entropy"} <= rows[0].keys()
+    assert (
+        rows[0]["kl"] == 0
+        and {"reward_std", "partial_std", "constant_groups", "length", "cut_off", "entropy"} <= rows[0].keys()
+    )
 
 
 @pytest.mark.parametrize("arch", ["qwen2_5_vl", "llava"])
@@ -212,12 +240,30 @@ STILL = "import deepspeed; from torch.optim import AdamW; AdamW.step = lambda se
 
 FAULTS = [
     ("03_sft", [], FREEZE, 2, "LoRA must train the language model only; trainable now: nothing"),
-    ("03_sft", [], IMAGE_TOKENS, 2, "4 image tokens in the prompt, 8 image features: the processor does not belong to this model"),
+    (
+        "03_sft",
+        [],
+        IMAGE_TOKENS,
+        2,
+        "4 image tokens in the prompt, 8 image features: the processor does not belong to this model",
+    ),
     ("04_grpo", [], APART, 2, r"KL is .* before the first update, expected 0"),
     ("03_sft", [], STILL, 2, r"the first update changed no weight \(gradient norm .*\): --lr is too small"),
     ("03_sft", [], NO_SPACE, 2, r"1 MiB free, the states of this run take \d+: make room"),
-    ("03_sft", [], FULL_DISK, 3, r"cannot save step 2 \(.*No space left.*\): make room; the same command goes on"),
-    ("03_sft", ["--batch-size", 4], "", 2, r"one update takes 8 rows over all ranks, --data has 6: lower --batch-size or --grad-accum"),
+    (
+        "03_sft",
+        [],
+        FULL_DISK,
+        3,
+        r"cannot save step 2 \(.*No space left.*\): make room; the same command goes on",
+    ),
+    (
+        "03_sft",
+        ["--batch-size", 4],
+        "",
+        2,
+        r"one update takes 8 rows over all ranks, --data has 6: lower --batch-size or --grad-accum",
+    ),
     (
         "03_sft",
         ["--lr", 1e30],
@@ -225,15 +271,27 @@ FAULTS = [
         2,
         r"step 2: loss nan.*; examples .*train-0000.*; kept in .*failed-step-2.jsonl; last/ is the state before",
     ),
-    ("04_grpo", [], NAN_REWARD, 2, r"step 3: loss nan, .*reward nan; examples train-0000\d; kept in .*failed-step-3.jsonl"),
+    (
+        "04_grpo",
+        [],
+        NAN_REWARD,
+        2,
+        r"step 3: loss nan, .*reward nan; examples train-0000\d; kept in .*failed-step-3.jsonl",
+    ),
 ]
 
 
-@pytest.mark.parametrize("script, more, patch, code, message", FAULTS, ids=[fault[-1][:40] for fault in FAULTS])
+@pytest.mark.parametrize(
+    "script, more, patch, code, message", FAULTS, ids=[fault[-1][:40] for fault in FAULTS]
+)
 def test_faults_are_named(start, script, more, patch, code, message):
     answer = start(script, *more, patch=patch)
-    errors = [line for line in answer["text"].splitlines() if line.startswith("error: ")]  # not the last: what DeepSpeed prints is buffered
-    assert answer["code"] == code and len(errors) == 1 and re.search(message, errors[0]), answer["text"][-3000:]
+    errors = [
+        line for line in answer["text"].splitlines() if line.startswith("error: ")
+    ]  # not the last: what DeepSpeed prints is buffered
+    assert answer["code"] == code and len(errors) == 1 and re.search(message, errors[0]), answer["text"][
+        -3000:
+    ]
     assert "Traceback" not in answer["text"]
     print(errors[0])
     if kept := list(answer["out"].glob("failed-step-*.jsonl")):
@@ -290,17 +348,30 @@ def launch(script, argv, patch, tmp_path, ranks=2):
     (tmp_path / "patch.py").write_text(patch)
     bin_folder = Path(sys.executable).parent
     command = [bin_folder / "deepspeed", "--num_gpus", ranks, "--master_port", 20000 + os.getpid() % 20000]
-    command = list(map(str, [*command, ROOT / "tests" / "rank_probe.py", tmp_path / "patch.py", script, *argv]))
+    command = list(
+        map(str, [*command, ROOT / "tests" / "rank_probe.py", tmp_path / "patch.py", script, *argv])
+    )
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
-    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=env, timeout=400)
+    return subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=env, timeout=400
+    )
 
 
 @pytest.mark.parametrize("script", ["03_sft", "04_grpo"])
 def test_two_ranks_equal_one_of_twice_the_batch(script, start, inputs, sft, tmp_path):
-    more = ["--stop-after", 2, "--lr", 1e-3, "--lora-dropout", 0, "--grad-accum", 1] if script == "03_sft" else ["--stop-after", 2]
+    more = (
+        ["--stop-after", 2, "--lr", 1e-3, "--lora-dropout", 0, "--grad-accum", 1]
+        if script == "03_sft"
+        else ["--stop-after", 2]
+    )
     one = start(script, *more, "--batch-size", 2, out=tmp_path / "one", patch=GRADIENTS)
     assert one["code"] == 0, one["text"]
-    two = launch(script, kill_points.command(script, inputs, tmp_path / "two", sft / "best") + more, GRADIENTS, tmp_path)
+    two = launch(
+        script,
+        kill_points.command(script, inputs, tmp_path / "two", sft / "best") + more,
+        GRADIENTS,
+        tmp_path,
+    )
     assert two.returncode == 0, two.stdout
     for step in (1, 2):
         a, b = (torch.load(f"{tmp_path / name}-gradient-{step}.pt") for name in ("one", "two"))
@@ -310,9 +381,14 @@ def test_two_ranks_equal_one_of_twice_the_batch(script, start, inputs, sft, tmp_
         assert a.norm() > 1e-4 and relative < 1e-4
     for a, b in zip(rows_of(tmp_path / "one" / "metrics.jsonl"), rows_of(tmp_path / "two" / "metrics.jsonl")):
         print(f"{script} loss {a['loss']:.8g} {b['loss']:.8g}")
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5, abs=1e-6) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5, abs=1e-6) and a["grad_norm"] == pytest.approx(
+            b["grad_norm"], rel=1e-4
+        )
         assert a.get("reward", 0) == pytest.approx(b.get("reward", 0), rel=1e-12)
-    a, b = (torch.load(tmp_path / name / "last" / "mp_rank_00_model_states.pt", weights_only=False)["module"] for name in ("one", "two"))
+    a, b = (
+        torch.load(tmp_path / name / "last" / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+        for name in ("one", "two")
+    )
     worst = max((a[name] - b[name]).abs().max().item() for name in a)
     print(f"{script}: adapters after two updates differ by at most {worst:.2g} at learning rate 1e-3")
     assert a.keys() == b.keys() and worst < 1e-3 * 0.05
@@ -331,7 +407,9 @@ vlm.encode = broken
 """
     argv = kill_points.command("04_grpo", inputs, tmp_path / "out", sft / "best")
     ended = launch("04_grpo", argv, patch, tmp_path)
-    assert ended.returncode != 0 and "error: rank 1: ZeroDivisionError: in the reward of rank 1" in ended.stdout, ended.stdout[-3000:]
+    assert (
+        ended.returncode != 0 and "error: rank 1: ZeroDivisionError: in the reward of rank 1" in ended.stdout
+    ), ended.stdout[-3000:]
     assert len(rows_of(tmp_path / "out" / "metrics.jsonl")) == 1
 
 
@@ -349,7 +427,9 @@ def probed(*args):
 vlm.make_engine = probed
 """
     ended = launch("03_sft", kill_points.command("03_sft", inputs, tmp_path / "out"), patch, tmp_path)
-    assert ended.returncode != 0 and "ZeroDivisionError: backward on rank 1" in ended.stdout, ended.stdout[-3000:]
+    assert ended.returncode != 0 and "ZeroDivisionError: backward on rank 1" in ended.stdout, ended.stdout[
+        -3000:
+    ]
 
 
 def test_a_signal_to_one_rank_stops_all_and_the_command_goes_on(inputs, tmp_path):

@@ -42,7 +42,12 @@ def trl_loss(logps, ref_logps, advantages, mask, kl_coef):
         _get_per_token_logps_and_entropies=lambda *args, **kwargs: (logps, torch.zeros_like(logps), None),
     )
     nothing = torch.zeros_like(mask, dtype=torch.long)
-    inputs = {"prompt_ids": nothing[:, :1], "prompt_mask": nothing[:, :1], "completion_ids": nothing, "completion_mask": mask.long()}
+    inputs = {
+        "prompt_ids": nothing[:, :1],
+        "prompt_mask": nothing[:, :1],
+        "completion_ids": nothing,
+        "completion_mask": mask.long(),
+    }
     inputs |= {"advantages": advantages, "ref_per_token_logps": ref_logps, "num_items_in_batch": mask.sum()}
     return GRPOTrainer._compute_loss(trainer, None, inputs)
 
@@ -55,7 +60,9 @@ def test_loss_and_gradient_equal_trl(seed):
     logps = (-torch.rand(n, length) * 3).requires_grad_()
     ref_logps, rewards = -torch.rand(n, length) * 3, torch.rand(groups, size)
     mask = torch.arange(length)[None] < torch.randint(1, length + 1, (n, 1))
-    advantages = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten()  # as TRL computes them
+    advantages = (
+        (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
+    ).flatten()  # as TRL computes them
     torch.testing.assert_close(grpo.group_advantages(rewards).flatten(), advantages, rtol=1e-5, atol=1e-6)
     loss, _ = grpo.grpo_loss(logps, ref_logps, grpo.group_advantages(rewards).flatten(), mask, kl_coef)
     [gradient] = torch.autograd.grad(loss, logps)
@@ -66,7 +73,10 @@ def test_loss_and_gradient_equal_trl(seed):
 
 
 def test_loss_by_hand():
-    logps, ref = torch.tensor([[math.log(0.5), -9.0]], requires_grad=True), torch.tensor([[math.log(0.25), 5.0]])
+    logps, ref = (
+        torch.tensor([[math.log(0.5), -9.0]], requires_grad=True),
+        torch.tensor([[math.log(0.25), 5.0]]),
+    )
     mask = torch.tensor([[True, False]])
     loss, metrics = grpo.grpo_loss(logps, ref, torch.tensor([2.0]), mask, 0.1)
     k3 = 0.5 - math.log(0.5) - 1
@@ -78,7 +88,9 @@ def test_loss_by_hand():
 def test_advantages_by_hand_and_constant_groups():
     advantages = grpo.group_advantages(torch.tensor([[0.0, 1.0], [0.1 + 0.2, 0.3]]))
     std = math.sqrt(0.5)
-    torch.testing.assert_close(advantages, torch.tensor([[-0.5 / (std + 1e-4), 0.5 / (std + 1e-4)], [0.0, 0.0]]))
+    torch.testing.assert_close(
+        advantages, torch.tensor([[-0.5 / (std + 1e-4), 0.5 / (std + 1e-4)], [0.0, 0.0]])
+    )
     for value in (0.431429, 0.1, 1.1, 0.7):  # equal fp32 rewards whose mean differs from them in the last bit
         assert not grpo.group_advantages(torch.full((1, 8), value)).any()
     assert grpo.group_advantages(torch.rand(5, 8)).sum(1).abs().max() < 1e-4
@@ -89,7 +101,12 @@ def test_metrics_row_by_hand():
     sample = vlm.Sample("", [1, 2, 3], True)
     rewards, samples = [[good, bad], [good, good]], [[sample, vlm.Sample("", [1], False)], [sample, sample]]
     row = grpo.metrics_row(grpo.summarise(rewards, samples))
-    assert row["reward"] == 4.5 / 4 and row["accuracy"] == 0.75 and row["format"] == 0.75 and row["constant_groups"] == 0.5
+    assert (
+        row["reward"] == 4.5 / 4
+        and row["accuracy"] == 0.75
+        and row["format"] == 0.75
+        and row["constant_groups"] == 0.5
+    )
     assert row["reward_std"] == pytest.approx(torch.tensor([1.5, 0, 1.5, 1.5]).std(correction=0).item())
     assert row["length"] == 2.5 and row["cut_off"] == 0.25
 
@@ -120,13 +137,19 @@ def loaded(request, tiny, world):
     model, processor = vlm.load(str(tiny(request.param)))
     examples = common.load_examples(world / "test.jsonl")
     texts = [common.REASON_PROMPT, common.DIRECT_PROMPT]
-    return model, processor, [(text.format(text=example.text), example.image) for text, example in zip(texts, examples)]
+    return (
+        model,
+        processor,
+        [(text.format(text=example.text), example.image) for text, example in zip(texts, examples)],
+    )
 
 
 def plain_inputs(processor, item):
     """What a user of plain transformers writes."""
     content = [{"type": "image"}, {"type": "text", "text": item[0]}]
-    chat = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
+    chat = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
     return dict(processor(text=[chat], images=[common.load_image(item[1])], return_tensors="pt"))
 
 
@@ -136,7 +159,12 @@ def test_greedy_tokens_equal_generate(loaded):
     for item, [sample] in zip(items, ours):
         inputs = plain_inputs(processor, item)
         out = model.generate(
-            **inputs, max_new_tokens=24, do_sample=False, suppress_tokens=vlm.image_ids(model), repetition_penalty=1.0, temperature=None
+            **inputs,
+            max_new_tokens=24,
+            do_sample=False,
+            suppress_tokens=vlm.image_ids(model),
+            repetition_penalty=1.0,
+            temperature=None,
         )
         assert out[0, inputs["input_ids"].shape[1] :].tolist() == sample.ids
 
@@ -145,8 +173,12 @@ def test_logps_equal_the_plain_forward(loaded):
     model, processor, items = loaded
     rng = random.Random(0)
     legal = [i for i in range(10, 200) if i not in vlm.image_ids(model)]
-    completions = [[[rng.choice(legal) for _ in range(length)] for length in lengths] for lengths in ((9, 1, 4), (2, 6))]
-    logps, entropy, mask = vlm.completion_logps(model, vlm.encode(model, processor, items), completions, temperature=0.7)
+    completions = [
+        [[rng.choice(legal) for _ in range(length)] for length in lengths] for lengths in ((9, 1, 4), (2, 6))
+    ]
+    logps, entropy, mask = vlm.completion_logps(
+        model, vlm.encode(model, processor, items), completions, temperature=0.7
+    )
     assert logps.shape == entropy.shape == mask.shape == (5, 9) and mask.sum(1).tolist() == [9, 1, 4, 2, 6]
     rows = iter(range(5))
     for item, group in zip(items, completions):
@@ -157,21 +189,34 @@ def test_logps_equal_the_plain_forward(loaded):
             full = {**inputs, "input_ids": torch.cat([inputs["input_ids"], torch.tensor([ids])], 1)}
             full["attention_mask"] = torch.ones_like(full["input_ids"])
             if "mm_token_type_ids" in full:
-                full["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, len(ids)))
+                full["mm_token_type_ids"] = torch.nn.functional.pad(
+                    inputs["mm_token_type_ids"], (0, len(ids))
+                )
             with torch.no_grad():
                 expected = (model(**full).logits[0, start - 1 : -1].float() / 0.7).log_softmax(-1)
-            torch.testing.assert_close(logps[row, : len(ids)], expected.gather(1, torch.tensor(ids)[:, None])[:, 0], rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(entropy[row, : len(ids)], -(expected.exp() * expected).sum(1), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                logps[row, : len(ids)],
+                expected.gather(1, torch.tensor(ids)[:, None])[:, 0],
+                rtol=1e-5,
+                atol=1e-5,
+            )
+            torch.testing.assert_close(
+                entropy[row, : len(ids)], -(expected.exp() * expected).sum(1), rtol=1e-5, atol=1e-5
+            )
             assert not logps[row, len(ids) :].any() and not entropy[row, len(ids) :].any()
 
 
 def test_a_response_depends_on_its_key_alone(loaded):
     model, processor, items = loaded
     together = vlm.generate(model, processor, items, n=3, max_new_tokens=8, temperature=1.0, keys=["a", "b"])
-    alone = vlm.generate(model, processor, items[1:], n=3, max_new_tokens=8, temperature=1.0, keys=["b"], batch_rows=1)
+    alone = vlm.generate(
+        model, processor, items[1:], n=3, max_new_tokens=8, temperature=1.0, keys=["b"], batch_rows=1
+    )
     assert [s.ids for s in together[1]] == [s.ids for s in alone[0]]
     assert len({tuple(s.ids) for s in together[0]}) > 1
-    parts = vlm.generate(model, processor, items[1:], n=3, max_new_tokens=8, temperature=1.0, keys=["b"], batch_rows=2)
+    parts = vlm.generate(
+        model, processor, items[1:], n=3, max_new_tokens=8, temperature=1.0, keys=["b"], batch_rows=2
+    )
     assert [s.ids for s in parts[0]] == [s.ids for s in alone[0]]
 
 
@@ -202,7 +247,9 @@ def test_lora_hits_the_language_model_only(loaded, tiny):
     model = vlm.add_lora(model, 4, 8)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     layers = model.config.get_text_config().num_hidden_layers
-    assert len(trained) == layers * 7 * 2 and all("language_model.layers" in name and ".lora_" in name for name in trained)
+    assert len(trained) == layers * 7 * 2 and all(
+        "language_model.layers" in name and ".lora_" in name for name in trained
+    )
     with pytest.raises(InputError, match="LoRA must train"):
         vlm.check_lora(model.requires_grad_(False))
 
@@ -233,7 +280,10 @@ def test_target_texts():
     q = [common.quintuple("A", "per", "B", "org", "peer")]
     example = common.Example("i", "t", "x.png", tuple(q), {"cot": "why"})
     assert sft.target_text(example, "answer") == "[A, per, B, org, peer]"
-    assert sft.target_text(example, "cot") == "<think>\nwhy\n</think>\n<answer>\n[A, per, B, org, peer]\n</answer>"
+    assert (
+        sft.target_text(example, "cot")
+        == "<think>\nwhy\n</think>\n<answer>\n[A, per, B, org, peer]\n</answer>"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the scripts, as the README runs them
@@ -248,16 +298,56 @@ def test_sft_then_grpo_then_eval(arch, tiny, world, tmp_path):
     lora = ("--lora-rank", 8, "--lora-alpha", 16)
     model, out = tiny(arch), tmp_path / "sft"
     val = ("--val", world / "val.jsonl", "--max-new-tokens", 12)
-    run_script("03_sft.py", "--model", model, "--data", world / "sft.jsonl", *val, "--out", out, "--epochs", 1, "--lr", 1e-3, *lora)
+    run_script(
+        "03_sft.py",
+        "--model",
+        model,
+        "--data",
+        world / "sft.jsonl",
+        *val,
+        "--out",
+        out,
+        "--epochs",
+        1,
+        "--lr",
+        1e-3,
+        *lora,
+    )
     rows = rows_of(out / "metrics.jsonl")
-    assert [row["step"] for row in rows] == list(range(1, 9)) and rows[-1]["loss"] < rows[0]["loss"] and "val_jmere_f1" in rows[-1]
-    assert vlm.adapter_prompt(out / "best") == "reason" and json.loads((out / "config.json").read_text())["lora_rank"] == 8
+    assert (
+        [row["step"] for row in rows] == list(range(1, 9))
+        and rows[-1]["loss"] < rows[0]["loss"]
+        and "val_jmere_f1" in rows[-1]
+    )
+    assert (
+        vlm.adapter_prompt(out / "best") == "reason"
+        and json.loads((out / "config.json").read_text())["lora_rank"] == 8
+    )
 
-    data = ("--data", world / "train.jsonl", "--group-size", 4, "--epochs", 0.5, "--max-new-tokens", 12, "--lr", 1e-3)
-    _, stdout, _ = run_script("04_grpo.py", "--model", model, "--adapter", out / "best", *data, "--out", tmp_path / "grpo", ranks=2)
+    data = (
+        "--data",
+        world / "train.jsonl",
+        "--group-size",
+        4,
+        "--epochs",
+        0.5,
+        "--max-new-tokens",
+        12,
+        "--lr",
+        1e-3,
+    )
+    _, stdout, _ = run_script(
+        "04_grpo.py", "--model", model, "--adapter", out / "best", *data, "--out", tmp_path / "grpo", ranks=2
+    )
     rows = rows_of(tmp_path / "grpo" / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [1, 2] and rows[0]["kl"] == 0 and {"reward", "entropy", "cut_off", "grad_norm"} <= set(rows[0])
-    assert len(rows_of(tmp_path / "grpo" / "samples.jsonl")) == 2 * 2 * 4  # ranks × prompts × group, at the first step
+    assert (
+        [row["step"] for row in rows] == [1, 2]
+        and rows[0]["kl"] == 0
+        and {"reward", "entropy", "cut_off", "grad_norm"} <= set(rows[0])
+    )
+    assert (
+        len(rows_of(tmp_path / "grpo" / "samples.jsonl")) == 2 * 2 * 4
+    )  # ranks × prompts × group, at the first step
     assert "2 ranks" in stdout
 
     # plain transformers + peft read the folder and write the same text
@@ -270,10 +360,27 @@ def test_sft_then_grpo_then_eval(arch, tiny, world, tmp_path):
     example = common.load_examples(world / "test.jsonl")[0]
     item = (common.REASON_PROMPT.format(text=example.text), example.image)
     inputs = plain_inputs(processor, item)
-    ids = plain.generate(**inputs, max_new_tokens=12, do_sample=False, suppress_tokens=vlm.image_ids(plain), repetition_penalty=1.0)
+    ids = plain.generate(
+        **inputs,
+        max_new_tokens=12,
+        do_sample=False,
+        suppress_tokens=vlm.image_ids(plain),
+        repetition_penalty=1.0,
+    )
     text = processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     ev = ("--max-new-tokens", 12, "--temperature", 0)
-    run_script("05_eval.py", "--model", model, "--adapter", out / "best", "--data", world / "test.jsonl", "--out", tmp_path / "test", *ev)
+    run_script(
+        "05_eval.py",
+        "--model",
+        model,
+        "--adapter",
+        out / "best",
+        "--data",
+        world / "test.jsonl",
+        "--out",
+        tmp_path / "test",
+        *ev,
+    )
     first = rows_of(tmp_path / "test" / "predictions.jsonl")[0]
     assert first["id"] == example.id and first["responses"][0]["text"] == text
 
@@ -283,9 +390,19 @@ def test_merge_writes_one_model_and_proves_it(tiny, tmp_path):
     model = vlm.add_lora(model, 4, 8)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)  # B starts at 0: an adapter that was never trained is refused
+            torch.nn.init.normal_(
+                parameter, std=0.1
+            )  # B starts at 0: an adapter that was never trained is refused
     vlm.save_adapter(model, processor, tmp_path / "best", "reason")
-    merge = ("05_eval.py", "--model", tiny("llava"), "--adapter", tmp_path / "best", "--merge", tmp_path / "merged")
+    merge = (
+        "05_eval.py",
+        "--model",
+        tiny("llava"),
+        "--adapter",
+        tmp_path / "best",
+        "--merge",
+        tmp_path / "merged",
+    )
     _, stdout, _ = run_script(*merge)
     assert "merged in float32" in stdout and "allowed 1e-04" in stdout
     assert (tmp_path / "merged" / "model.safetensors").exists()
@@ -296,13 +413,46 @@ def test_merge_writes_one_model_and_proves_it(tiny, tmp_path):
 def test_only_rl_and_answer_sft(tiny, world, tmp_path):
     model, lora = tiny("qwen2_5_vl"), ("--lora-rank", 4, "--lora-alpha", 8)
     data = ("--data", world / "train.jsonl", "--limit", 4, "--epochs", 1, "--batch-size", 1)
-    run_script("04_grpo.py", "--model", model, *data, "--out", tmp_path / "rl", "--group-size", 2, "--max-new-tokens", 8, *lora)
+    run_script(
+        "04_grpo.py",
+        "--model",
+        model,
+        *data,
+        "--out",
+        tmp_path / "rl",
+        "--group-size",
+        2,
+        "--max-new-tokens",
+        8,
+        *lora,
+    )
     assert rows_of(tmp_path / "rl" / "metrics.jsonl")[0]["kl"] == 0
-    run_script("03_sft.py", "--model", model, *data, "--out", tmp_path / "sft", "--target", "answer", "--grad-accum", 2, *lora, ranks=2)
+    run_script(
+        "03_sft.py",
+        "--model",
+        model,
+        *data,
+        "--out",
+        tmp_path / "sft",
+        "--target",
+        "answer",
+        "--grad-accum",
+        2,
+        *lora,
+        ranks=2,
+    )
     assert [row["step"] for row in rows_of(tmp_path / "sft" / "metrics.jsonl")] == [1]
     assert vlm.adapter_prompt(tmp_path / "sft" / "best") == "direct"
     code, _, stderr = run_script(
-        "04_grpo.py", "--model", model, "--adapter", tmp_path / "sft" / "best", *data, "--out", tmp_path / "no", fails=True
+        "04_grpo.py",
+        "--model",
+        model,
+        "--adapter",
+        tmp_path / "sft" / "best",
+        *data,
+        "--out",
+        tmp_path / "no",
+        fails=True,
     )
     assert code == 2 and "trained with the direct prompt" in stderr
 
@@ -311,7 +461,9 @@ def test_bad_input_is_one_line(tiny, world, tmp_path):
     model, data = tiny("llava"), world / "train.jsonl"
     (tmp_path / "gone.jsonl").write_text(json.dumps({**rows_of(data)[0], "image": "gone.png"}) + "\n")
     (tmp_path / "broken.jsonl").write_text("{broken\n")
-    (tmp_path / "no_gold.jsonl").write_text(json.dumps({k: v for k, v in rows_of(data)[0].items() if k != "quintuples"}) + "\n")
+    (tmp_path / "no_gold.jsonl").write_text(
+        json.dumps({k: v for k, v in rows_of(data)[0].items() if k != "quintuples"}) + "\n"
+    )
     base = {"--model": model, "--data": data, "--out": tmp_path / "out"}
     wrong = [
         ("03_sft.py", {"--data": tmp_path / "gone.jsonl", "--target": "answer"}, "no such file"),
@@ -321,10 +473,16 @@ def test_bad_input_is_one_line(tiny, world, tmp_path):
         ("04_grpo.py", {"--model": tmp_path / "nothing"}, "not a model folder, nor a hub model"),
         ("04_grpo.py", {"--adapter": world}, "no adapter_config.json in it"),
         ("04_grpo.py", {"--group-size": 1}, "--group-size 1: expected at least 2"),
-        ("04_grpo.py", {"--val": tmp_path / "none.jsonl"}, "none.jsonl: cannot read (No such file or directory)"),
+        (
+            "04_grpo.py",
+            {"--val": tmp_path / "none.jsonl"},
+            "none.jsonl: cannot read (No such file or directory)",
+        ),
     ]
     for script, change, message in wrong:
-        code, _, stderr = run_script(script, *[part for pair in {**base, **change}.items() for part in pair], fails=True)
+        code, _, stderr = run_script(
+            script, *[part for pair in {**base, **change}.items() for part in pair], fails=True
+        )
         errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
         assert code == 2 and len(errors) == 1 and message in errors[0], (script, change, stderr)
 

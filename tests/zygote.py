@@ -19,7 +19,15 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-WATCHED = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.truncate")  # Python's audit events on files
+WATCHED = (
+    "open",
+    "os.mkdir",
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.symlink",
+    "os.truncate",
+)  # Python's audit events on files
 
 
 class Zygote:
@@ -33,12 +41,16 @@ class Zygote:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         }
         command = [sys.executable, __file__]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env
+        )
         assert self.process.stdout.readline() == "ready\n"
 
     def run(self, script, argv, log, **request):
         """→ answer with "text", what the run printed."""
-        self.process.stdin.write(json.dumps({"script": script, "argv": list(map(str, argv)), "log": str(log), **request}) + "\n")
+        self.process.stdin.write(
+            json.dumps({"script": script, "argv": list(map(str, argv)), "log": str(log), **request}) + "\n"
+        )
         self.process.stdin.flush()
         answer = json.loads(self.process.stdout.readline())
         return answer | {"text": Path(log).read_text()}
@@ -55,7 +67,11 @@ def child(request):
     counter = os.open(f"{request['log']}.events", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    out, seen, number = str(Path(request["argv"][request["argv"].index("--out") + 1])), 0, request.get("signal", signal.SIGKILL)
+    out, seen, number = (
+        str(Path(request["argv"][request["argv"].index("--out") + 1])),
+        0,
+        request.get("signal", signal.SIGKILL),
+    )
 
     def watch(event, args):
         nonlocal seen
@@ -92,8 +108,20 @@ def serve():
     os.dup2(2, 1)
     sys.path.insert(0, str(ROOT))
     qwen = "transformers.models.qwen2_5_vl"
-    heavy = ("deepspeed.runtime.zero.muon.muon_optimizer", "matplotlib.figure", "matplotlib.backends.backend_agg")  # Muon: all of Inductor
-    for name in ("deepspeed", "vlm", "03_sft", "04_grpo", f"{qwen}.modeling_qwen2_5_vl", f"{qwen}.processing_qwen2_5_vl", *heavy):
+    heavy = (
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+        "matplotlib.figure",
+        "matplotlib.backends.backend_agg",
+    )  # Muon: all of Inductor
+    for name in (
+        "deepspeed",
+        "vlm",
+        "03_sft",
+        "04_grpo",
+        f"{qwen}.modeling_qwen2_5_vl",
+        f"{qwen}.processing_qwen2_5_vl",
+        *heavy,
+    ):
         importlib.import_module(name)
     from deepspeed.comm.torch import build_shm_op
 

@@ -14,7 +14,7 @@ unless given; a chain without exactly the three parts is `malformed` and never u
 
 Killed or stopped, the same command goes on and pays for nothing twice but the calls then in flight.
 
-Reads:  --data, one of the formats of common.load_examples, with gold quintuples
+Reads:  --data, one of the formats of data.load_examples, with gold quintuples
         {"id": "tw1", "text": "Browns Placing WR Josh Gordon", "image": "tw1.jpg", "quintuples": [["Josh Gordon", "per", "Browns", "org", "member of"]]}
 Writes: --out, append-only, one row a candidate; failed calls in *.errors.jsonl, counts in *.stats.json, data card *.card.md
         {"id": "tw1", …, "candidate": 0, "cot": "Image Description: …", "status": "ok|malformed|refusal|content_filter|length", "response": "…",
@@ -26,6 +26,7 @@ import json
 from collections import Counter
 
 import common
+from lib import api, ask, data
 
 
 def parse_args(argv=None):
@@ -54,7 +55,7 @@ def parse_args(argv=None):
     model.add_argument("--model", default="gpt-4o-2024-11-20", help="the teacher [paper App. D]")
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--n", type=int, default=5, help="candidates per example [paper §3.2]")
-    common.add_api_arguments(model, parser.add_argument_group("runtime"))
+    api.add_api_arguments(model, parser.add_argument_group("runtime"))
     args = parser.parse_args(argv)
     if args.n < 1:
         parser.error(f"--n {args.n}, expected at least 1")
@@ -71,7 +72,7 @@ def finish(row):
 def check_same_run(path, jobs):
     """Refuse an output whose rows come from another prompt, model or image: two runs in one file are no data set."""
     keys = {job.row["id"]: job.key for job in jobs}
-    for number, row in common.read_jsonl(path):
+    for number, row in data.read_jsonl(path):
         if keys.get(row["id"], row["key"]) != row["key"]:
             was = f"{row['model']} with {json.dumps(row['params'])}, prompt {row['prompt_hash']}, image {row['image_hash']}"
             raise common.InputError(
@@ -82,7 +83,7 @@ def check_same_run(path, jobs):
 def funnel(path, jobs):
     """What became of the candidates of this run → (stages, reasons)."""
     keys, status, answered, good = {job.key for job in jobs}, Counter(), set(), set()
-    for _, row in common.read_jsonl(path):
+    for _, row in data.read_jsonl(path):
         if row["key"] in keys:
             status[row["status"]] += 1
             answered.add(row["key"])
@@ -99,10 +100,10 @@ def funnel(path, jobs):
     return stages, reasons
 
 
-@common.cli
+@common.exit_codes
 def main(args):
-    params = common.request_params(args)
-    client = common.ChatClient(
+    params = api.request_params(args)
+    client = api.ChatClient(
         args.model, args.base_url, args.concurrency, args.timeout, args.price, args.budget, params
     )
     if not args.dry_run:
@@ -110,10 +111,10 @@ def main(args):
 
     # 1. examples, every fault found before the first paid call
     need = ("quintuples",)
-    examples = common.load_examples(
+    examples = data.load_examples(
         args.data, args.image_dir, need, skip_bad=args.skip_bad, merge_repeats=args.merge_repeats
     )
-    examples = common.check_images(examples[: args.limit], args.skip_bad)
+    examples = data.check_images(examples[: args.limit], args.skip_bad)
 
     # 2. one job an example
     jobs = []
@@ -121,20 +122,22 @@ def main(args):
         prompt = common.DISTILL_PROMPT.format(
             text=example.text, gold=common.format_answer(example.quintuples)
         )
-        jobs.append(client.job(common.to_row(example, args.out), prompt, example.image, args.n))
+        jobs.append(client.job(data.to_row(example, args.out), prompt, example.image, args.n))
     if args.dry_run:
-        common.print_estimate(client, jobs, 300, "distil")
+        ask.print_estimate(client, jobs, 300, "distil")
         return 0
 
     # 3. ask
-    with common.AppendFile(args.out) as out:
+    with ask.AppendFile(args.out) as out:
         check_same_run(args.out, jobs)
         try:
-            failed = common.ask_all(client, jobs, out, finish, args.batch)
+            failed = ask.ask_all(client, jobs, out, finish, args.batch)
         finally:
             stages, reasons = funnel(args.out, jobs)
             stats = {"model": args.model, "params": params, "dollars": client.spent if args.price else None}
-            common.report(args.out, stages, reasons, stats, {"distil": common.DISTILL_PROMPT}, [args.out])
+            ask.write_data_card(
+                args.out, stages, reasons, stats, {"distil": common.DISTILL_PROMPT}, [args.out]
+            )
     return 1 if failed else 0
 
 

@@ -35,6 +35,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import common
+from lib import api, ask, data
 
 POINTS = [most for _, _, most in common.SCORE_RULES]
 SCORES = re.compile(
@@ -101,7 +102,7 @@ def parse_args(argv=None):
         "--human",
         help='human scores {"id", "candidate", "score"} to compare with; needs matplotlib [paper Figure 6]',
     )
-    common.add_api_arguments(model, parser.add_argument_group("runtime"))
+    api.add_api_arguments(model, parser.add_argument_group("runtime"))
     args = parser.parse_args(argv)
     if not 0 <= args.threshold <= 1:
         parser.error(f"--threshold {float(args.threshold):g}, expected 0 to 1")
@@ -173,7 +174,7 @@ def judge_scores(row, threshold):
     return scores, None if Fraction(sum(scores), sum(POINTS)) >= threshold else "score: below the threshold"
 
 
-def ask(client, candidates, prompts, path, title, args):
+def ask_each(client, candidates, prompts, path, title, args):
     """One call a candidate → ({(id, candidate): its answer row}, number failed). Answers already in `path` cost nothing."""
     names = [name_of(candidate) for candidate in candidates]
     jobs = [
@@ -181,11 +182,11 @@ def ask(client, candidates, prompts, path, title, args):
         for (id, k), prompt, candidate in zip(names, prompts, candidates)
     ]
     if args.dry_run:
-        common.print_estimate(client, jobs, 60, title)
+        ask.print_estimate(client, jobs, 60, title)
         return {}, 0
-    with common.AppendFile(path) as out:
-        failed = common.ask_all(client, jobs, out, batch=args.batch)
-        answers = {row["key"]: row for _, row in common.read_jsonl(path)}
+    with ask.AppendFile(path) as out:
+        failed = ask.ask_all(client, jobs, out, batch=args.batch)
+        answers = {row["key"]: row for _, row in data.read_jsonl(path)}
     return {name: answers[job.key] for name, job in zip(names, jobs) if job.key in answers}, failed
 
 
@@ -194,7 +195,7 @@ def agreement(path, points, png):
     import matplotlib.figure
 
     most, pairs, missing = sum(POINTS), [], 0
-    for number, row in common.read_jsonl(path):
+    for number, row in data.read_jsonl(path):
         share = row.get("score")
         if not isinstance(share, int | float) or not 0 <= share <= 1 or not {"id", "candidate"} <= row.keys():
             raise common.InputError(f'{path}:{number}: expected {{"id": …, "candidate": 0, "score": 0 to 1}}')
@@ -245,22 +246,22 @@ def count(candidates):
     return len(candidates), len({candidate.id for candidate in candidates})
 
 
-@common.cli
+@common.exit_codes
 def main(args):
-    params, out = common.request_params(args), Path(args.out)
+    params, out = api.request_params(args), Path(args.out)
     paid = not (args.no_reprediction and args.no_score)
     if paid and not args.dry_run:
-        common.ChatClient.require_key()
+        api.ChatClient.require_key()
 
     # 1. candidates, every fault found before the first paid call
     need = ("quintuples", "candidate", "cot", "status")
-    loaded = common.load_examples(
+    loaded = data.load_examples(
         args.cot, args.image_dir, need, key=("id", "candidate"), skip_bad=args.skip_bad
     )
     loaded.sort(key=name_of)  # 01 writes as answers come in; the output should not depend on that
     firsts = list({example.id: example for example in reversed(loaded)}.values())[::-1][: args.limit]
     ids = (
-        {example.id for example in common.check_images(firsts, args.skip_bad)}
+        {example.id for example in data.check_images(firsts, args.skip_bad)}
         if paid
         else {example.id for example in firsts}
     )
@@ -291,15 +292,15 @@ def main(args):
         )
     model = args.model or models[0]
     limits = (args.concurrency, args.timeout)
-    client = common.ChatClient(model, args.base_url, *limits, args.price, args.budget, params)
+    client = api.ChatClient(model, args.base_url, *limits, args.price, args.budget, params)
     judge_url, judge_price = args.judge_base_url or args.base_url, args.judge_price or args.price
-    judge = common.ChatClient(args.judge_model or model, judge_url, *limits, judge_price, args.budget, params)
+    judge = api.ChatClient(args.judge_model or model, judge_url, *limits, judge_price, args.budget, params)
 
     # 3. Re-Prediction Filter
     if not args.no_reprediction:
         cots = [hide_answer(c.row["cot"], c.quintuples) if args.hide_answer else c.row["cot"] for c in alive]
         prompts = [common.REPREDICT_PROMPT.format(text=c.text, cot=cot) for c, cot in zip(alive, cots)]
-        answers, failed = ask(
+        answers, failed = ask_each(
             client, alive, prompts, out.with_suffix(".reprediction.jsonl"), "re-prediction", args
         )
         if args.batch == "submit" and len(answers) < len(alive):
@@ -313,7 +314,9 @@ def main(args):
     if not args.no_score:
         judge.spent = client.spent  # one budget for both
         prompts = [common.SCORE_PROMPT.format(text=c.text, cot=c.row["cot"]) for c in alive]
-        answers, more = ask(judge, alive, prompts, out.with_suffix(".score.jsonl"), "score, at most", args)
+        answers, more = ask_each(
+            judge, alive, prompts, out.with_suffix(".score.jsonl"), "score, at most", args
+        )
         if args.batch == "submit" and len(answers) < len(alive):
             return 0
         failed += more
@@ -341,11 +344,11 @@ def main(args):
 
     # 6. write
     def line(candidate):
-        return candidate.row | common.to_row(candidate, out) | extra.get(name_of(candidate), {})
+        return candidate.row | data.to_row(candidate, out) | extra.get(name_of(candidate), {})
 
     lines = [line(c) | {"reason": rejected[name_of(c)]} for c in loaded if name_of(c) in rejected]
-    common.write_atomic(out.with_suffix(".rejected.jsonl"), "".join(map(common.jsonl_line, lines)))
-    common.write_atomic(out, "".join(common.jsonl_line(line(c)) for c in alive))
+    data.write_atomic(out.with_suffix(".rejected.jsonl"), "".join(map(data.jsonl_line, lines)))
+    data.write_atomic(out, "".join(data.jsonl_line(line(c)) for c in alive))
     reasons = Counter(
         reason.partition(": ")[0] if reason.startswith("leaked") else reason for reason in rejected.values()
     )
@@ -367,7 +370,7 @@ def main(args):
     asked = {
         name: prompt for name, prompt in prompts.items() if not getattr(args, f"no_{name.replace('-', '')}")
     }
-    common.report(
+    ask.write_data_card(
         out,
         stages,
         reasons,

@@ -24,8 +24,9 @@ import torch
 from tqdm import tqdm
 
 import common
-import vlm
 from common import InputError
+from lib import data, rollout, training, vlm
+from lib.run import Run
 
 # B rows a rank and micro-step   C response tokens, the stop id included
 
@@ -60,7 +61,7 @@ def parse_args(argv=None):
         help="CoT-SFT, or the SFT baseline without reasoning [paper §4]",
     )
     group.add_argument("--limit", type=int, help="train on the first N rows [ours: all]")
-    vlm.add_training_arguments(
+    training.add_training_arguments(
         parser, epochs=5, lr=2e-5, warmup_ratio=0.06, schedule="cosine", provenance="paper App. A"
     )
     group = parser.add_argument_group("accumulation")
@@ -101,9 +102,9 @@ def sft_loss(logps, completion_mask, batch_tokens):
 
 def load_data(args):
     need = ("quintuples", "cot") if args.target == "cot" else ("quintuples",)
-    train = common.load_examples(args.data, args.image_dir, need=need, skip_bad=args.skip_bad)[: args.limit]
+    train = data.load_examples(args.data, args.image_dir, need=need, skip_bad=args.skip_bad)[: args.limit]
     val = (
-        common.load_examples(args.val, args.image_dir, need=("quintuples",), skip_bad=args.skip_bad)[
+        data.load_examples(args.val, args.image_dir, need=("quintuples",), skip_bad=args.skip_bad)[
             : args.eval_limit
         ]
         if args.val
@@ -115,27 +116,27 @@ def load_data(args):
                 raise InputError(
                     f"{args.data}: id {example.id}: 'cot' lacks one of its three parts (made by 01_distill.py, kept by 02_filter.py)"
                 )
-    return common.check_images(train, args.skip_bad), common.check_images(val, args.skip_bad) if val else []
+    return data.check_images(train, args.skip_bad), data.check_images(val, args.skip_bad) if val else []
 
 
-@common.cli
+@common.exit_codes
 def main(args):
     # 1. Data, model, engine
-    ranks = vlm.setup(distributed=True)
+    ranks = training.setup(distributed=True)
     torch.manual_seed(args.seed)  # KEEP: LoRA's A is drawn here, the same on every rank
     rank_rows = args.batch_size * args.grad_accum
     rows = rank_rows * ranks.world
     with ranks.together():
-        vlm.check_arguments(args)
-        config, dtype = vlm.read_ds_config(args, ranks)
+        training.check_arguments(args)
+        config, dtype = training.read_ds_config(args, ranks)
         train, val = load_data(args)
-        vlm.check_arguments(args, rows, len(train))
-    run = vlm.Run(args, ranks)
+        training.check_arguments(args, rows, len(train))
+    run = Run(args, ranks)
     with ranks.together():
         model, processor = vlm.load(args.model, dtype, ranks.device)
         model = vlm.add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout)
     stop = vlm.stop_ids(model, processor)[0]
-    engine = vlm.make_engine(model, args, config, args.grad_accum)
+    engine = training.make_engine(model, args, config, args.grad_accum)
 
     # 2. Sizes
     prompt = "reason" if args.target == "cot" else "direct"
@@ -152,12 +153,12 @@ def main(args):
         total=total, initial=total - len(steps), desc="sft", unit="step", disable=None if ranks.main else True
     )
     for step in steps:
-        began, before = time.perf_counter(), None if run.changed else vlm.fingerprint(model)
-        lr = vlm.lr_at(step, total, args)
+        began, before = time.perf_counter(), None if run.changed else training.fingerprint(model)
+        lr = training.lr_at(step, total, args)
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
-        vlm.seed_step(args.seed, step, ranks.rank)
-        batch = vlm.batch_indices(len(train), rows, step, args.seed)[
+        training.seed_step(args.seed, step, ranks.rank)
+        batch = training.batch_indices(len(train), rows, step, args.seed)[
             ranks.rank * rank_rows : (ranks.rank + 1) * rank_rows
         ]
         with ranks.together():
@@ -166,14 +167,14 @@ def main(args):
             prompts = vlm.encode(
                 model,
                 processor,
-                [(vlm.PROMPTS[prompt].format(text=train[i].text), train[i].image) for i in batch],
+                [(common.PROMPTS[prompt].format(text=train[i].text), train[i].image) for i in batch],
             )
         tokens = ranks.sum(sum(map(len, targets)))[0]  # of the whole batch: 2 ranks × B = 1 rank × 2B
         model.train()
         nll = 0.0
         for start in range(0, rank_rows, args.batch_size):
             micro = slice(start, start + args.batch_size)
-            logps, _, mask = vlm.completion_logps(
+            logps, _, mask = rollout.completion_logps(
                 model, prompts[micro], [[ids] for ids in targets[micro]]
             )  # [B, C]
             loss = sft_loss(logps, mask, tokens)
@@ -198,13 +199,13 @@ def main(args):
         row |= {
             "tokens": int(tokens),
             "tokens_per_second": round(tokens / seconds, 1),
-            "peak_memory_mib": round(vlm.peak_memory()),
+            "peak_memory_mib": round(training.peak_memory()),
         }
 
         # 4. Validate, save
         validated = (step + 1) % eval_steps == 0 or step + 1 == total
         if validated:
-            row |= vlm.validate_and_keep(run, model, processor, val, prompt, step + 1, ranks, args)
+            row |= training.validate_and_keep(run, model, processor, val, prompt, step + 1, ranks, args)
         run.log([row])
         bar.set_postfix_str(
             f"loss {loss:.3f}{run.best_text()} {row['tokens_per_second']:.0f} tok/s", refresh=False

@@ -26,7 +26,8 @@ import torch
 from tqdm import tqdm
 
 import common
-import vlm
+from lib import data, rollout, training, vlm
+from lib.run import Run
 
 # B prompts a rank and step   G responses a prompt   N = B·G   C completion tokens
 
@@ -97,7 +98,7 @@ def parse_args(argv=None):
         type=int,
         help="most tokens of a packed row; a larger group is split, to save memory [ours: no limit]",
     )
-    vlm.add_training_arguments(
+    training.add_training_arguments(
         parser,
         epochs=30,
         lr=2e-6,
@@ -212,17 +213,17 @@ def load_data(args):
         raise common.InputError(
             f"--adapter {args.adapter}: trained with the direct prompt; GRPO needs 03_sft.py --target cot"
         )
-    train = common.load_examples(args.data, args.image_dir, need=("quintuples",), skip_bad=args.skip_bad)[
+    train = data.load_examples(args.data, args.image_dir, need=("quintuples",), skip_bad=args.skip_bad)[
         : args.limit
     ]
     val = (
-        common.load_examples(args.val, args.image_dir, need=("quintuples",), skip_bad=args.skip_bad)[
+        data.load_examples(args.val, args.image_dir, need=("quintuples",), skip_bad=args.skip_bad)[
             : args.eval_limit
         ]
         if args.val
         else []
     )
-    return common.check_images(train, args.skip_bad), common.check_images(val, args.skip_bad) if val else []
+    return data.check_images(train, args.skip_bad), data.check_images(val, args.skip_bad) if val else []
 
 
 def load_policy(args, dtype, device):
@@ -235,21 +236,21 @@ def load_policy(args, dtype, device):
     return vlm.no_dropout(vlm.check_lora(model)), processor  # the SFT adapter may have been trained with some
 
 
-@common.cli
+@common.exit_codes
 def main(args):
     # 1. Data, policy, engine
-    ranks = vlm.setup(distributed=True)
+    ranks = training.setup(distributed=True)
     torch.manual_seed(args.seed)  # KEEP: Only-RL draws its LoRA here, the same on every rank
     batch_prompts = args.batch_size * ranks.world
     with ranks.together():
-        vlm.check_arguments(args)
-        config, dtype = vlm.read_ds_config(args, ranks)
+        training.check_arguments(args)
+        config, dtype = training.read_ds_config(args, ranks)
         train, val = load_data(args)
-        vlm.check_arguments(args, batch_prompts, len(train))
-    run = vlm.Run(args, ranks)
+        training.check_arguments(args, batch_prompts, len(train))
+    run = Run(args, ranks)
     with ranks.together():
         model, processor = load_policy(args, dtype, ranks.device)
-    engine = vlm.make_engine(
+    engine = training.make_engine(
         model, args, config, args.batch_size
     )  # a group each; 3c sets the boundary itself
 
@@ -273,13 +274,13 @@ def main(args):
         disable=None if ranks.main else True,
     )
     for step in steps:
-        began, before = time.perf_counter(), None if run.changed else vlm.fingerprint(model)
-        lr = vlm.lr_at(step, total, args)
+        began, before = time.perf_counter(), None if run.changed else training.fingerprint(model)
+        lr = training.lr_at(step, total, args)
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
-        vlm.seed_step(args.seed, step, ranks.rank)
+        training.seed_step(args.seed, step, ranks.rank)
         places = range(ranks.rank * args.batch_size, (ranks.rank + 1) * args.batch_size)  # of the whole batch
-        batch = vlm.batch_indices(len(train), batch_prompts, step, args.seed)
+        batch = training.batch_indices(len(train), batch_prompts, step, args.seed)
         batch = [train[batch[place]] for place in places]
 
         # 3a. Rollout: G responses of the current policy to each prompt
@@ -288,13 +289,13 @@ def main(args):
             prompts = vlm.encode(
                 model,
                 processor,
-                [(vlm.PROMPTS["reason"].format(text=example.text), example.image) for example in batch],
+                [(common.PROMPTS["reason"].format(text=example.text), example.image) for example in batch],
             )
             keys = [
                 (args.seed, step, place) for place in places
             ]  # KEEP: the place in the whole batch: ranks do not change the samples
             drawing = args.group_size, args.max_new_tokens, args.temperature
-            samples = vlm.sample(model, processor, prompts, *drawing, keys=keys, static=args.static_cache)
+            samples = rollout.sample(model, processor, prompts, *drawing, keys=keys, static=args.static_cache)
             sampled = time.perf_counter()
 
             # 3b. Rewards and advantages. VARIANT: any function of (response text, gold) that returns its parts by name
@@ -323,11 +324,11 @@ def main(args):
                 group, row = rows[micro]
                 ids, share = [[samples[group][i].ids for i in row]], len(row) / args.group_size
                 with torch.no_grad(), vlm.reference(model):
-                    ref_logps, _, _ = vlm.completion_logps(
+                    ref_logps, _, _ = rollout.completion_logps(
                         model, prompts[group : group + 1], ids, args.temperature, args.shared_prefix
                     )
                 model.train()
-                logps, entropy, mask = vlm.completion_logps(
+                logps, entropy, mask = rollout.completion_logps(
                     model, prompts[group : group + 1], ids, args.temperature, args.shared_prefix
                 )
                 model.eval()
@@ -340,7 +341,7 @@ def main(args):
                 losses, kls = losses + loss.item() * share, kls + metrics["kl"] * share
                 entropies += entropy.sum().item()
             else:
-                engine.backward(vlm.zero_loss(model))
+                engine.backward(training.zero_loss(model))
             engine.step()
 
         # 4. Log
@@ -393,14 +394,14 @@ def main(args):
             "sampling_seconds": round(sampled - began, 3),
             "tokens_per_second": round(sums[-2] / seconds, 1),
         }
-        row |= {"peak_memory_mib": round(vlm.peak_memory())}
+        row |= {"peak_memory_mib": round(training.peak_memory())}
         if (step + 1) % args.log_samples_every == 0 or step == 0:
             run.log([row for part in ranks.gather(drawn) for row in part], "samples.jsonl")
 
         # 5. Validate, save
         validated = (step + 1) % eval_steps == 0 or step + 1 == total
         if validated:
-            row |= vlm.validate_and_keep(run, model, processor, val, "reason", step + 1, ranks, args)
+            row |= training.validate_and_keep(run, model, processor, val, "reason", step + 1, ranks, args)
         run.log([row])
         shown = f"reward {row['reward']:.3f}{run.best_text()} kl {kl:.4f} length {row['length']:.0f} {row['tokens_per_second']:.0f} tok/s"
         bar.set_postfix_str(shown, refresh=False)

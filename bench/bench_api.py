@@ -74,13 +74,13 @@ def bench(args, url, folder):
     import openai  # noqa: F401, its import is no part of the throughput
     from PIL import Image
 
-    import common
+    from lib import api, ask
 
     side = round((args.image_kb * 1024 / 0.64) ** 0.5)  # noise takes 0.64 bytes a pixel as JPEG
     images = [folder / f"{i}.jpg" for i in range(args.images)]
     for path in images:
         Image.frombytes("RGB", (side, side), os.urandom(side * side * 3)).save(path)
-    client = common.ChatClient("fixed", url, args.concurrency)
+    client = api.ChatClient("fixed", url, args.concurrency)
     jobs = [
         client.job({"id": f"r{i}"}, f"tweet {i} " + "x" * 1500, str(images[i % len(images)]))
         for i in range(args.rows)
@@ -92,9 +92,9 @@ def bench(args, url, folder):
             early["mib"] = peak_mib()
         return row
 
-    with common.AppendFile(folder / "out.jsonl") as out:
+    with ask.AppendFile(folder / "out.jsonl") as out:
         start, cpu = time.perf_counter(), time.process_time()
-        failed = common.ask_all(client, jobs, out, finish)
+        failed = ask.ask_all(client, jobs, out, finish)
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     assert not failed and out.done.total() == args.rows
     ideal = args.rows * args.latency / args.concurrency

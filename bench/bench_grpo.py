@@ -36,8 +36,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
-import vlm
 from demo import make_base
+from lib import rollout, vlm
 
 WAYS = ("ours", "plain", "trl")
 PARTS = ("sampling", "reference", "policy")
@@ -204,13 +204,13 @@ def measure_ours(job, args, shared_prefix):
     vlm.stop_ids = lambda *_: [-1]  # responses of exactly C tokens
 
     def logps_of(prompts, samples, i):
-        return vlm.completion_logps(
+        return rollout.completion_logps(
             model, prompts[i : i + 1], [[s.ids for s in samples[i]]], 1.0, shared_prefix
         )
 
     def step(tokens, clock):
         prompts = clock.timed("sampling", vlm.encode)(model, processor, items)
-        samples = clock.timed("sampling", vlm.sample)(
+        samples = clock.timed("sampling", rollout.sample)(
             model, processor, prompts, job["G"], tokens, 1.0, static=args.static_cache
         )
         for i in range(len(prompts)):
@@ -346,7 +346,7 @@ def child(job, args):
     print(json.dumps({k: v for k, v in job.items() if k != "model"} | {"arch": args.arch} | row))
 
 
-@common.cli
+@common.exit_codes
 def main(args):
     if args.child:
         return child(json.loads(args.child), args)

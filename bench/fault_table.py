@@ -18,6 +18,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from fake_openai import FAULTS, FakeOpenAI
 
 import common
+from lib import api, ask, data
 
 WRITTEN_OUT = ("reset", "truncated", "hang", "drip", "nothing-left")  # faults that are no plain answer
 
@@ -29,18 +30,18 @@ def observe(fault, always):
         FakeOpenAI(lambda body, prompt: ["fine"], lambda i: fault if always or not i else None) as server,
     ):
         client, path = (
-            common.ChatClient("m", server.url, concurrency=2, timeout=0.5),
+            api.ChatClient("m", server.url, concurrency=2, timeout=0.5),
             Path(folder) / "out.jsonl",
         )
         jobs, end, began = [client.job({"id": f"j{i}"}, f"p{i}") for i in range(10)], "done", time.monotonic()
-        with common.AppendFile(path) as out, contextlib.redirect_stderr(io.StringIO()):
+        with ask.AppendFile(path) as out, contextlib.redirect_stderr(io.StringIO()):
             try:
-                common.ask_all(client, jobs, out)
+                ask.ask_all(client, jobs, out)
             except common.Stopped as stop:
                 end = str(stop).partition(";")[0][:70]
-        rows = [row for _, row in common.read_jsonl(path)] if path.stat().st_size else []
+        rows = [row for _, row in data.read_jsonl(path)] if path.stat().st_size else []
         errors = path.with_suffix(".errors.jsonl")
-        failed = sum(1 for _ in common.read_jsonl(errors)) if errors.exists() else 0
+        failed = sum(1 for _ in data.read_jsonl(errors)) if errors.exists() else 0
         kinds = ", ".join(sorted({row["status"] for row in rows} - {"ok"}))
         return (
             len(server.requests),
@@ -53,7 +54,7 @@ def observe(fault, always):
 
 def main():
     os.environ["OPENAI_API_KEY"] = "sk-local"
-    common.ChatClient.backoff, common.ChatClient.patience = 0.02, 5.0
+    api.ChatClient.backoff, api.ChatClient.patience = 0.02, 5.0
     print(f"{'fault':<14}{'when':<8}{'requests':>8}  {'rows of 10':<20}{'failed':>6}{'seconds':>9}  end")
     for fault in (*FAULTS, *WRITTEN_OUT):
         for always in (False, True):

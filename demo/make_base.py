@@ -45,6 +45,7 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 from demo import world
+from lib import data
 
 ARCHS = ("qwen2_5_vl", "llava")
 SIDE, PATCH = 56, 14  # pixels
@@ -311,7 +312,7 @@ def build(arch, out, corpus_texts, seed=0, size=SIZE, vocab_size=1200):
     model.eval().save_pretrained(out)
     tokenizer.save_pretrained(out)
     for name, content in files.items():
-        common.write_atomic(out / name, json.dumps(content, indent=2) + "\n")
+        data.write_atomic(out / name, json.dumps(content, indent=2) + "\n")
     return model
 
 
@@ -710,7 +711,7 @@ def save(model, out):
     model.save_pretrained(out, state_dict=state)
 
 
-@common.cli
+@common.exit_codes
 def main(args):
     model = build(args.arch, args.out, corpus(), args.seed)
     count, vocabulary = (

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 from demo import table
+from lib import data, scoring
 
 evaluation = importlib.import_module("05_eval")
 
@@ -96,7 +97,7 @@ def gain_row(folder):
     ]
     runs = [f"{name}={folder / PARADIGMS[name]}" for name in ("CoT-SFT", "JMERE-R1")]
     compared = next(
-        row for row in evaluation.compare(evaluation.parse_args(["--compare", *runs]), None) if "p" in row
+        row for row in scoring.compare(evaluation.parse_args(["--compare", *runs]), None) if "p" in row
     )
     low, high = (100 * x for x in compared["difference_95"])
     return {
@@ -118,7 +119,7 @@ def draw(folders, out):
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     reward, group, vote = figure.subplots(1, 3)
     for number, folder in enumerate(folders):  # a colour a seed
-        rewards = [row["reward"] for _, row in common.read_jsonl(folder / "grpo" / "metrics.jsonl")]
+        rewards = [row["reward"] for _, row in data.read_jsonl(folder / "grpo" / "metrics.jsonl")]
         smooth = [mean(rewards[i : i + WINDOW]) for i in range(len(rewards) - WINDOW + 1)]
         name, colour = folder.name.replace("-", " "), f"C{number}"
         reward.plot(range(WINDOW, len(rewards) + 1), smooth, color=colour, alpha=0.4)
@@ -158,7 +159,7 @@ def draw(folders, out):
     figure.savefig(out, dpi=80)
 
 
-@common.cli
+@common.exit_codes
 def main(args):
     folders = [args.root / f"seed-{seed}" for seed in args.seeds]
     show("Five paradigms (Tables 1 and 3)", folders, PARADIGMS)

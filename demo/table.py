@@ -15,6 +15,7 @@ from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
+from lib import data
 
 
 def parse_args(argv=None):
@@ -47,7 +48,7 @@ def read(folder, *parts):
 def reward(folder):
     """Mean reward (Eq. 5) of a run's responses, as 04 would give it: 0 … 1.5; None where they were asked for the answer alone."""
     rewards = []
-    for _, row in common.read_jsonl(Path(folder) / "predictions.jsonl"):
+    for _, row in data.read_jsonl(Path(folder) / "predictions.jsonl"):
         if row["prompt"] == "direct":
             return None
         gold = [common.quintuple(*q) for q in row["quintuples"]]
@@ -111,7 +112,7 @@ def print_rows(rows):
         print(f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths))} |")
 
 
-@common.cli
+@common.exit_codes
 def main(args):
     wrong = [run for run in args.runs if "=" not in run]
     if wrong:

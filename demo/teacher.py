@@ -29,6 +29,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 from demo import world
+from lib import data
 
 MODEL = "gpt-4o-2024-11-20"  # the default of 01 and 02: the scripts know nothing of the demo
 
@@ -343,7 +344,7 @@ class Teacher(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/v1"
 
 
-@common.cli
+@common.exit_codes
 def main(args):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
@@ -354,7 +355,7 @@ def main(args):
         ) from None
     try:  # from here on a SIGTERM ends in the line below
         if args.ready_file:
-            common.write_atomic(args.ready_file, server.url + "\n")
+            data.write_atomic(args.ready_file, server.url + "\n")
         print(f"teacher listens on {server.url}", flush=True)
         server.serve_forever()
     finally:

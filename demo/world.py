@@ -32,6 +32,7 @@ from PIL import Image, ImageChops, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
+from lib import data
 
 # ------------------------------------------------------------------------------------------------ lexicon
 
@@ -500,11 +501,11 @@ def write(out, sizes, seed=0):
             draw(scene, (rng.randint(-1, 1), rng.randint(-1, 1))).save(out / "img" / f"{name}.png")
             gold = [list(q) for q, _ in read(names_in(text), scene)]
             lines.append(
-                common.jsonl_line({"id": name, "text": text, "image": f"img/{name}.png", "quintuples": gold})
+                data.jsonl_line({"id": name, "text": text, "image": f"img/{name}.png", "quintuples": gold})
             )
-        common.write_atomic(out / f"{split}.jsonl", "".join(lines))
+        data.write_atomic(out / f"{split}.jsonl", "".join(lines))
     Image.new("RGB", (SIDE * UNIT, SIDE * UNIT), "grey").save(out / "img" / "grey.png")
-    common.write_atomic(
+    data.write_atomic(
         out / "grey.jsonl", "".join(re.sub(r"img/[\w-]+\.png", "img/grey.png", line) for line in lines)
     )
 
@@ -528,7 +529,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-@common.cli
+@common.exit_codes
 def main(args):
     write(args.out, {"train": args.train, "val": args.val, "test": args.test}, args.seed)
     print(

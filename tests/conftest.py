@@ -10,7 +10,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"  # real annotations, not part of the repository
-sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ARCHITECTURES = ("qwen2_5_vl", "llava")
 
@@ -38,7 +37,7 @@ def run_script(*command, ranks=None, fails=False, env=None):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={**os.environ, "PATH": path, **(env or {})},
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), **(env or {})},
         timeout=900,
     )
     assert (done.returncode != 0) == fails, (
@@ -67,11 +66,12 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """Folder with train/val/test.jsonl and sft.jsonl: 16, 4 and 4 pictured tweets."""
-    import common
+
+    from lib import data
 
     folder = tmp_path_factory.mktemp("world")
     run_script("demo/world.py", "--out", folder, "--train", 16, "--val", 4, "--test", 4)
     cot = "Image Description: a man\nVisual-Text Alignment: he is named\nQuintuple Reasoning: so it follows"
-    rows = [{**row, "cot": cot} for _, row in common.read_jsonl(folder / "train.jsonl")]
-    common.write_atomic(folder / "sft.jsonl", "".join(map(common.jsonl_line, rows)))
+    rows = [{**row, "cot": cot} for _, row in data.read_jsonl(folder / "train.jsonl")]
+    data.write_atomic(folder / "sft.jsonl", "".join(map(data.jsonl_line, rows)))
     return folder

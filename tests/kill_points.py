@@ -3,7 +3,7 @@
 Half of the kill points count file operations in OUT, so that they fall inside saves, between the renames of best/ and while logs are cut;
 half are moments in time. Every second trial is killed twice.
 
-    python tests/kill_points.py --points 20 --out runs/kills            # about ten minutes on two cores
+    python -m tests.kill_points --points 20 --out runs/kills            # about ten minutes on two cores
 
 Reads: nothing; makes its own tiny model and world.  Writes: OUT/.
 """
@@ -16,12 +16,10 @@ import shutil
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
-from zygote import Zygote
 
 from demo import make_base, world
+from tests.zygote import Zygote
 
 CLOCK = (
     "seconds",

@@ -4,8 +4,6 @@ import importlib
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 if __name__ == "__main__":
     argv = sorted(
         sys.argv[1:], key=lambda word: word.startswith("--local_rank")

@@ -15,6 +15,7 @@ from fake_openai import FakeOpenAI
 from PIL import Image
 
 import common
+from lib import api, ask, data
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-1234")
-    monkeypatch.setattr(common.ChatClient, "backoff", 0.01)
+    monkeypatch.setattr(api.ChatClient, "backoff", 0.01)
 
 
 def echo(body, prompt):
@@ -30,16 +31,16 @@ def echo(body, prompt):
 
 
 def client_of(server, **options):
-    return common.ChatClient("m", server.url, **{"concurrency": 4, "timeout": 5.0, **options})
+    return api.ChatClient("m", server.url, **{"concurrency": 4, "timeout": 5.0, **options})
 
 
-def ask(server, path, count=1, n=1, finish=lambda row: row, client=None, **options):
+def ask_jobs(server, path, count=1, n=1, finish=lambda row: row, client=None, **options):
     """Ask `count` jobs → (number failed, rows)."""
     client = client or client_of(server, **options)
     jobs = [client.job({"id": f"j{i}"}, f"p{i}", None, n) for i in range(count)]
-    with common.AppendFile(path) as out:
-        failed = common.ask_all(client, jobs, out, finish)
-    return failed, [row for _, row in common.read_jsonl(path)] if path.stat().st_size else []
+    with ask.AppendFile(path) as out:
+        failed = ask.ask_all(client, jobs, out, finish)
+    return failed, [row for _, row in data.read_jsonl(path)] if path.stat().st_size else []
 
 
 RETRIED = [
@@ -62,7 +63,7 @@ RETRIED = [
 @pytest.mark.parametrize("fault", [*RETRIED, "429", "429-ms", "429-s"])
 def test_passing_faults_are_retried(tmp_path, fault):
     with FakeOpenAI(echo, [fault]) as server:
-        failed, rows = ask(server, tmp_path / "o.jsonl")
+        failed, rows = ask_jobs(server, tmp_path / "o.jsonl")
     assert failed == 0 and [row["response"] for row in rows] == ["p0/0"]
     assert [request["fault"] for request in server.requests] == [fault, None]
 
@@ -70,26 +71,26 @@ def test_passing_faults_are_retried(tmp_path, fault):
 @pytest.mark.parametrize("fault", ["hang", "drip"])
 def test_timeout_is_wall_clock(tmp_path, fault):
     with FakeOpenAI(echo, [fault]) as server:
-        failed, rows = ask(server, tmp_path / "o.jsonl", timeout=0.5)
+        failed, rows = ask_jobs(server, tmp_path / "o.jsonl", timeout=0.5)
     assert failed == 0 and len(rows) == 1 and len(server.requests) == 2
 
 
 @pytest.mark.parametrize("fault", ["500", "reset", "html"])
 def test_gives_up_after_six_tries_and_stores_no_answer(tmp_path, fault):
     with FakeOpenAI(echo, [fault] * 6) as server:
-        failed, rows = ask(server, tmp_path / "o.jsonl")
+        failed, rows = ask_jobs(server, tmp_path / "o.jsonl")
     assert failed == 1 and rows == [] and len(server.requests) == 6
-    (_, error), *_ = common.read_jsonl(tmp_path / "o.errors.jsonl")
+    (_, error), *_ = data.read_jsonl(tmp_path / "o.errors.jsonl")
     assert error["id"] == "j0" and error["status"] == "error" and "6 times" in error["error"]
     with FakeOpenAI(echo) as server:  # asked again by the next run
-        assert ask(server, tmp_path / "o.jsonl")[0] == 0
+        assert ask_jobs(server, tmp_path / "o.jsonl")[0] == 0
     assert not (tmp_path / "o.errors.jsonl").exists()
 
 
 @pytest.mark.parametrize("fault", ["401", "402", "403", "404", "429-quota", "200-auth"])
 def test_fatal_errors_stop_at_once(tmp_path, fault):
     with FakeOpenAI(echo, lambda number: fault) as server, pytest.raises(common.Stopped) as stop:
-        ask(server, tmp_path / "o.jsonl", count=100)
+        ask_jobs(server, tmp_path / "o.jsonl", count=100)
     assert len(server.requests) <= 4  # one a worker
     assert "\n" not in str(stop.value) and "sk-secret" not in str(stop.value)
 
@@ -97,7 +98,7 @@ def test_fatal_errors_stop_at_once(tmp_path, fault):
 @pytest.mark.parametrize("fault", ["400", "413", "422"])
 def test_bad_row_is_recorded_and_the_run_goes_on(tmp_path, fault):
     with FakeOpenAI(echo, [None, fault]) as server:
-        failed, rows = ask(server, tmp_path / "o.jsonl", count=5, concurrency=1)
+        failed, rows = ask_jobs(server, tmp_path / "o.jsonl", count=5, concurrency=1)
     assert failed == 1 and len(rows) == 4 and len(server.requests) == 5
 
 
@@ -106,14 +107,14 @@ def test_ten_failures_in_succession_stop(tmp_path):
         FakeOpenAI(echo, lambda number: "400" if number != 5 else None) as server,
         pytest.raises(common.Stopped, match="10 rows failed"),
     ):
-        ask(server, tmp_path / "o.jsonl", count=50, concurrency=1)
+        ask_jobs(server, tmp_path / "o.jsonl", count=50, concurrency=1)
     assert len(server.requests) == 16
 
 
 def test_gate_holds_all_workers(tmp_path):
     """After one 429 with 0.3 s nobody asks for 0.3 s; retry-after-ms wins over retry-after."""
     with FakeOpenAI(echo, ["429-ms"], latency=0.02) as server:
-        assert ask(server, tmp_path / "o.jsonl", count=12)[0] == 0
+        assert ask_jobs(server, tmp_path / "o.jsonl", count=12)[0] == 0
     times = [request["time"] for request in server.requests]
     gaps = [later - earlier for earlier, later in zip(times, times[1:])]
     assert (
@@ -125,25 +126,25 @@ def test_gate_holds_all_workers(tmp_path):
 
 def test_gate_closes_before_the_limit_is_hit(tmp_path):
     with FakeOpenAI(echo, ["nothing-left"]) as server:
-        assert ask(server, tmp_path / "o.jsonl", count=3, concurrency=1)[0] == 0
+        assert ask_jobs(server, tmp_path / "o.jsonl", count=3, concurrency=1)[0] == 0
     times = [request["time"] for request in server.requests]
     assert times[1] - times[0] > 0.25 and times[2] - times[1] < 0.2
 
 
 def test_rate_limit_does_not_use_up_tries_but_has_an_end(tmp_path):
     with FakeOpenAI(echo, ["429"] * 9) as server:
-        assert ask(server, tmp_path / "o.jsonl")[0] == 0
+        assert ask_jobs(server, tmp_path / "o.jsonl")[0] == 0
     with FakeOpenAI(echo, ["429-day"]) as server, pytest.raises(common.Stopped, match="rate limit"):
-        ask(server, tmp_path / "p.jsonl")
+        ask_jobs(server, tmp_path / "p.jsonl")
 
 
 def test_rest_of_n_is_asked_for(tmp_path):
     with FakeOpenAI(lambda body, prompt: echo(body, prompt)[:2]) as server:
-        _, rows = ask(server, tmp_path / "o.jsonl", n=5)
+        _, rows = ask_jobs(server, tmp_path / "o.jsonl", n=5)
     assert [request["body"].get("n") for request in server.requests] == [5, 3, None]
     assert [row["candidate"] for row in rows] == [0, 1, 2, 3, 4]
     with FakeOpenAI(lambda body, prompt: ["a"] * 9) as server:  # more than asked for
-        assert len(ask(server, tmp_path / "p.jsonl", n=5)[1]) == 5
+        assert len(ask_jobs(server, tmp_path / "p.jsonl", n=5)[1]) == 5
 
 
 def test_statuses(tmp_path):
@@ -157,17 +158,17 @@ def test_statuses(tmp_path):
         ]  # fmt: skip
 
     with FakeOpenAI(odd) as server:
-        _, rows = ask(server, tmp_path / "o.jsonl", n=5)
+        _, rows = ask_jobs(server, tmp_path / "o.jsonl", n=5)
     assert [row["status"] for row in rows] == ["refusal", "content_filter", "length", "refusal", "ok"]
     assert [row["response"] for row in rows][::2] == ["I will not", "half a", "in parts"]
     with FakeOpenAI(echo, ["400-filter"]) as server:
-        failed, rows = ask(server, tmp_path / "p.jsonl", n=5)
+        failed, rows = ask_jobs(server, tmp_path / "p.jsonl", n=5)
     assert failed == 0 and [row["status"] for row in rows] == ["content_filter"] * 5
 
 
 def test_row_tells_where_it_comes_from(tmp_path):
     with FakeOpenAI(echo) as server:
-        _, (row,) = ask(server, tmp_path / "o.jsonl", params={"temperature": 0.5})
+        _, (row,) = ask_jobs(server, tmp_path / "o.jsonl", params={"temperature": 0.5})
     assert server.requests[0]["body"].keys() == {"model", "messages", "temperature"}
     assert row["model"] == "m" and row["model_answered"] == "fake-1" and row["params"] == {"temperature": 0.5}
     assert (
@@ -182,10 +183,10 @@ def test_budget(tmp_path):
     with FakeOpenAI(echo, latency=0.02) as server:
         for _ in range(2):
             with pytest.raises(common.Stopped, match="budget"):
-                ask(server, tmp_path / "o.jsonl", count=50, price=(1000, 1000), budget=1.0)
+                ask_jobs(server, tmp_path / "o.jsonl", count=50, price=(1000, 1000), budget=1.0)
     assert len(server.requests) == 9
     with pytest.raises(common.InputError, match="--price"):
-        common.ChatClient("m", budget=1.0)
+        api.ChatClient("m", budget=1.0)
 
 
 def test_images_travel_as_they_are_unless_turned(tmp_path):
@@ -200,19 +201,19 @@ def test_images_travel_as_they_are_unless_turned(tmp_path):
     import io
 
     def sent(path):
-        head, _, data = common.data_url(path).decode().partition(",")
+        head, _, data = api.data_url(path).decode().partition(",")
         return head, base64.b64decode(data)
 
     assert sent(plain) == ("data:image/jpeg;base64", plain.read_bytes())
     assert sent(turned)[0] == sent(bmp)[0] == "data:image/png;base64" and Image.open(
         io.BytesIO(sent(turned)[1])
     ).size == (20, 40)
-    with pytest.raises(common.CallFailed, match="c.jpg"):
-        common.data_url(broken)
+    with pytest.raises(api.CallFailed, match="c.jpg"):
+        api.data_url(broken)
     with FakeOpenAI(echo) as server:
         client = client_of(server)
-        with common.AppendFile(tmp_path / "o.jsonl") as out:
-            assert common.ask_all(client, [client.job({"id": "x"}, "p", str(plain))], out) == 0
+        with ask.AppendFile(tmp_path / "o.jsonl") as out:
+            assert ask.ask_all(client, [client.job({"id": "x"}, "p", str(plain))], out) == 0
     kinds = [part["type"] for part in server.requests[0]["body"]["messages"][0]["content"]]
     assert kinds == ["image_url", "text"]  # image first
 
@@ -220,25 +221,25 @@ def test_images_travel_as_they_are_unless_turned(tmp_path):
 def test_torn_line_is_cut_and_only_that(tmp_path, capsys):
     path = tmp_path / "o.jsonl"
     with FakeOpenAI(echo) as server:
-        ask(server, path, count=3)
+        ask_jobs(server, path, count=3)
         whole = path.read_bytes()
         path.write_bytes(whole[:-7])
-        _, rows = ask(server, path, count=3)
+        _, rows = ask_jobs(server, path, count=3)
     assert "torn" in capsys.readouterr().err
     assert sorted(row["id"] for row in rows) == ["j0", "j1", "j2"] and len(server.requests) == 4
     path.write_bytes(b'{"key": "' + "é".encode() * 100_000)  # nothing but one long torn line
-    with common.AppendFile(path) as out:
+    with ask.AppendFile(path) as out:
         assert not out.done and path.stat().st_size == 0
 
 
 def test_second_writer_is_refused(tmp_path):
-    with common.AppendFile(tmp_path / "o.jsonl"), pytest.raises(common.InputError, match="another process"):
-        common.AppendFile(tmp_path / "o.jsonl")
-    common.AppendFile(tmp_path / "o.jsonl").handle.close()
+    with ask.AppendFile(tmp_path / "o.jsonl"), pytest.raises(common.InputError, match="another process"):
+        ask.AppendFile(tmp_path / "o.jsonl")
+    ask.AppendFile(tmp_path / "o.jsonl").handle.close()
 
 
 def test_key_follows_content(tmp_path):
-    client, other = common.ChatClient("m"), common.ChatClient("m", params={"temperature": 1})
+    client, other = api.ChatClient("m"), api.ChatClient("m", params={"temperature": 1})
     jobs = [
         client.job({"id": "a"}, "p"),
         client.job({"id": "b"}, "p"),
@@ -252,7 +253,7 @@ def test_key_follows_content(tmp_path):
 def test_no_key_is_one_line(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(common.Stopped, match="OPENAI_API_KEY"):
-        common.ChatClient.require_key()
+        api.ChatClient.require_key()
 
 
 def test_chat_alone():
@@ -267,13 +268,14 @@ def test_chat_alone():
 
 SCRIPT = """
 import sys, common
-client = common.ChatClient("m", sys.argv[1], concurrency=8, timeout=2, price=(1, 1))
+from lib import api, ask
+client = api.ChatClient("m", sys.argv[1], concurrency=8, timeout=2, price=(1, 1))
 client.backoff = 0.02
 jobs = [client.job({"id": f"j{i}"}, f"p{i}", None, 1) for i in range(int(sys.argv[3]))]
-@common.cli
+@common.exit_codes
 def main(args):
-    with common.AppendFile(sys.argv[2]) as out:
-        return 1 if common.ask_all(client, jobs, out) else 0
+    with ask.AppendFile(sys.argv[2]) as out:
+        return 1 if ask.ask_all(client, jobs, out) else 0
 main(None)
 """
 
@@ -300,7 +302,7 @@ def test_first_interrupt_drains(tmp_path):
         wait_for(lambda: server.in_flight == 8)
         process.send_signal(signal.SIGINT)
         message = process.communicate(timeout=30)[1]
-    rows = [row for _, row in common.read_jsonl(tmp_path / "o.jsonl")]
+    rows = [row for _, row in data.read_jsonl(tmp_path / "o.jsonl")]
     assert process.returncode == 3 and "interrupted" in message and "Traceback" not in message
     assert len(rows) == len(server.requests) and all(request["answered"] for request in server.requests)
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import common
 from common import InputError, Quintuple, quintuple
+from lib import data
 
 GOLD = [quintuple("Josh Gordon", "per", "Browns", "org", "member of")]
 
@@ -27,8 +28,8 @@ def think(answer):
     ("split", "examples", "quintuples"), [("train", 3618, 4503), ("val", 496, 624), ("test", 475, 640)]
 )
 def test_both_releases_give_the_papers_split(split, examples, quintuples):
-    jmere = common.load_examples(DATA / "jmere" / f"{split}.json", image_dir="img")
-    mnre = common.load_examples(DATA / "mnre" / f"mnre_{split}.txt", image_dir="img")
+    jmere = data.load_examples(DATA / "jmere" / f"{split}.json", image_dir="img")
+    mnre = data.load_examples(DATA / "mnre" / f"mnre_{split}.txt", image_dir="img")
     assert len(jmere) == examples and sum(len(x.quintuples) for x in jmere) == quintuples
     assert [(x.id, x.text, x.image, x.quintuples) for x in jmere] == [
         (x.id, x.text, x.image, x.quintuples) for x in mnre
@@ -36,7 +37,7 @@ def test_both_releases_give_the_papers_split(split, examples, quintuples):
     assert len({x.id for x in jmere}) == examples
     rows = json.loads((DATA / "jmere" / f"{split}.json").read_text())
     assert [x.text for x in jmere] == [" ".join(row["token"]) for row in rows]
-    merged = common.load_examples(DATA / "jmere" / f"{split}.json", merge_repeats=True)
+    merged = data.load_examples(DATA / "jmere" / f"{split}.json", merge_repeats=True)
     assert len(merged) == len({(x.text, x.image) for x in jmere}) < examples
     assert sum(len(x.quintuples) for x in merged) == len(
         {(x.text, x.image, q) for x in jmere for q in x.quintuples}
@@ -47,7 +48,7 @@ def test_both_releases_give_the_papers_split(split, examples, quintuples):
 def test_every_real_quintuple_survives_format_and_parse():
     seen = 0
     for split in ("train", "val", "test"):
-        for example in common.load_examples(DATA / "jmere" / f"{split}.json"):
+        for example in data.load_examples(DATA / "jmere" / f"{split}.json"):
             answer = common.format_answer(example.quintuples)
             direct, reasoned = (
                 common.parse_response(answer, direct=True),
@@ -83,13 +84,13 @@ def test_mnre_rule_by_hand(tmp_path):
         line("c d", typed),
     ]
     (tmp_path / "m.txt").write_text("\n".join([*lines, line("c d", untyped), line("e f", untyped)]) + "\n")
-    examples = common.load_examples(tmp_path / "m.txt")
+    examples = data.load_examples(tmp_path / "m.txt")
     assert [(x.id, x.text, len(x.quintuples)) for x in examples] == [
         ("i", "a b", 2),
         ("i-2", "a b", 1),
         ("i-3", "c d", 1),
     ]
-    assert [len(x.quintuples) for x in common.load_examples(tmp_path / "m.txt", merge_repeats=True)] == [
+    assert [len(x.quintuples) for x in data.load_examples(tmp_path / "m.txt", merge_repeats=True)] == [
         1,
         1,
     ]  # repeats of one quintuple
@@ -132,7 +133,7 @@ ROW = {"id": "a", "text": "t", "image": "a.png", "quintuples": [["A", "per", "B"
 def test_wrong_line_is_named(tmp_path, lines, need, message):
     (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
     with pytest.raises(InputError) as error:
-        common.load_examples(tmp_path / "rows.jsonl", need=need)
+        data.load_examples(tmp_path / "rows.jsonl", need=need)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -140,7 +141,7 @@ def test_skip_bad_counts(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text(
         f"{json.dumps(ROW)}\n{{broken\n{json.dumps({**ROW, 'id': 'b', 'text': None})}\n"
     )
-    assert [x.id for x in common.load_examples(tmp_path / "rows.jsonl", skip_bad=True)] == ["a"]
+    assert [x.id for x in data.load_examples(tmp_path / "rows.jsonl", skip_bad=True)] == ["a"]
     assert "2 bad rows skipped, 1 kept" in capsys.readouterr().err
 
 
@@ -148,7 +149,7 @@ def test_lines_end_at_newline_alone(tmp_path):
     (tmp_path / "rows.jsonl").write_text(
         json.dumps({**ROW, "text": "a\u2028b\x85c"}, ensure_ascii=False) + "\n", encoding="utf-8"
     )
-    assert common.load_examples(tmp_path / "rows.jsonl")[0].text == "a\u2028b\x85c"
+    assert data.load_examples(tmp_path / "rows.jsonl")[0].text == "a\u2028b\x85c"
 
 
 def test_images_are_found_checked_and_named(tmp_path):
@@ -156,21 +157,21 @@ def test_images_are_found_checked_and_named(tmp_path):
 
     (tmp_path / "img").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "img" / "good.png")
-    data = (tmp_path / "img" / "good.png").read_bytes()
-    (tmp_path / "img" / "torn.png").write_bytes(data[:40])
+    whole = (tmp_path / "img" / "good.png").read_bytes()
+    (tmp_path / "img" / "torn.png").write_bytes(whole[:40])
     names = ["good.png", "torn.png", "gone.png"]
     rows = [{**ROW, "id": name, "image": name} for name in names]
-    (tmp_path / "rows.jsonl").write_text("".join(map(common.jsonl_line, rows)))
-    examples = common.load_examples(tmp_path / "rows.jsonl", tmp_path / "img")
+    (tmp_path / "rows.jsonl").write_text("".join(map(data.jsonl_line, rows)))
+    examples = data.load_examples(tmp_path / "rows.jsonl", tmp_path / "img")
     with pytest.raises(
         InputError, match=r"2 of 3 images cannot be used: torn.png: .*gone.png: .*no such file"
     ):
-        common.check_images(examples)
-    assert [x.id for x in common.check_images(examples, skip_bad=True)] == ["good.png"]
-    row = common.to_row(examples[0], tmp_path / "runs" / "cot.jsonl")
+        data.check_images(examples)
+    assert [x.id for x in data.check_images(examples, skip_bad=True)] == ["good.png"]
+    row = data.to_row(examples[0], tmp_path / "runs" / "cot.jsonl")
     assert (
         row["image"] == "../img/good.png"
-        and common.load_examples(tmp_path / "rows.jsonl", tmp_path / "img")[0].quintuples[0].relation
+        and data.load_examples(tmp_path / "rows.jsonl", tmp_path / "img")[0].quintuples[0].relation
         == "member of"
     )
 

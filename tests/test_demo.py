@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 from demo import summary, teacher, world
+from lib import data
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -97,13 +97,11 @@ def test_written_world_loads_and_the_image_decides(tmp_path):
     world.write(tmp_path, sizes)
     pairs, relations, types, counts = {}, set(), set(), set()
     for split, size in sizes.items():
-        examples = common.check_images(
-            common.load_examples(tmp_path / f"{split}.jsonl", need=("quintuples",))
-        )
+        examples = data.check_images(data.load_examples(tmp_path / f"{split}.jsonl", need=("quintuples",)))
         assert len(examples) == size
         golds = defaultdict(set)
         for example in examples:
-            scene = world.look(common.load_image(example.image))
+            scene = world.look(data.load_image(example.image))
             assert example.quintuples == tuple(q for q, _ in world.read(world.names_in(example.text), scene))
             assert pairs.setdefault((example.text, scene), split) == split, (
                 "one (text, picture) in two splits"

@@ -16,6 +16,7 @@ from fake_openai import FakeOpenAI
 from PIL import Image
 
 import common
+from lib import data as files
 
 ROOT = Path(__file__).parent.parent
 distill, select = importlib.import_module("01_distill"), importlib.import_module("02_filter")
@@ -37,7 +38,7 @@ def data(tmp_path):
                 "quintuples": GOLD,
             }
         )
-    (tmp_path / "train.jsonl").write_text("".join(map(common.jsonl_line, rows)))
+    (tmp_path / "train.jsonl").write_text("".join(map(files.jsonl_line, rows)))
     return tmp_path
 
 
@@ -52,7 +53,7 @@ def run(script, *args, key="sk-secret-1234", **env):
 
 
 def rows_of(path):
-    return [row for _, row in common.read_jsonl(path)]
+    return [row for _, row in files.read_jsonl(path)]
 
 
 def teacher(chains=None, scores=None, prediction=None):
@@ -134,8 +135,8 @@ def test_whole_chain(data):
         (4, 4),
         (4, 4),
     ]
-    examples = common.load_examples(data / "sft.jsonl", need=("quintuples", "cot", "score"))
-    assert common.check_images(examples) == examples
+    examples = files.load_examples(data / "sft.jsonl", need=("quintuples", "cot", "score"))
+    assert files.check_images(examples) == examples
     card = (data / "sft.card.md").read_text()
     assert (
         "answered fake-1: 16 answers" in card
@@ -183,7 +184,7 @@ def test_human_agreement(data):
 
     human = [("t0", 1.0), ("t1", 0.8), ("t2", 0.9), ("t3", 0.5), ("t9", 1)]
     (data / "human.jsonl").write_text(
-        "".join(common.jsonl_line({"id": i, "candidate": 0, "score": s}) for i, s in human)
+        "".join(files.jsonl_line({"id": i, "candidate": 0, "score": s}) for i, s in human)
     )
     with FakeOpenAI(teacher(scores=scores)) as server:
         url = ("--base-url", server.url)

@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
+import common
+import lib
+from lib import ask, data, predictions, scoring
 
 ev = importlib.import_module("05_eval")
 DATA = ROOT.parent / "shared" / "data"
@@ -71,7 +72,7 @@ GOLD = q("Josh Gordon, per, Browns, org, member of")
     ],
 )
 def test_error_class_of_a_pair(pred, gold, expected):
-    errors = ev.classify([q(pred)], [q(gold)])
+    errors = scoring.classify([q(pred)], [q(gold)])
     if expected:
         assert errors == [(expected, q(pred), q(gold))]
     else:
@@ -80,13 +81,13 @@ def test_error_class_of_a_pair(pred, gold, expected):
 
 def test_pairing_takes_the_most_equal_components_first():
     near, far = q("Josh Gordon, per, Browns, org, peer"), q("Gordon, org, Browns, loc, peer")
-    assert ev.classify([far, near], [GOLD]) == [("relation", near, GOLD), ("spurious", far, None)]
-    assert ev.classify([GOLD, near], [GOLD]) == [("spurious", near, None)]  # what is right is no partner
+    assert scoring.classify([far, near], [GOLD]) == [("relation", near, GOLD), ("spurious", far, None)]
+    assert scoring.classify([GOLD, near], [GOLD]) == [("spurious", near, None)]  # what is right is no partner
 
 
 def test_unparsed_is_the_class_of_gold_nobody_could_find():
-    assert ev.classify([], [GOLD], parsed=False) == [("unparsed", None, GOLD)]
-    assert ev.classify([], [GOLD]) == [("missing", None, GOLD)]
+    assert scoring.classify([], [GOLD], parsed=False) == [("unparsed", None, GOLD)]
+    assert scoring.classify([], [GOLD]) == [("missing", None, GOLD)]
 
 
 ENTITY = st.sampled_from(["A", "a", "B", "A B", "C"])
@@ -99,7 +100,7 @@ SETS = st.lists(
 
 @given(st.lists(QUINTUPLE, max_size=6), st.lists(QUINTUPLE, max_size=6))
 def test_every_false_positive_and_negative_has_one_class(pred, gold):
-    errors = ev.classify(pred, gold)
+    errors = scoring.classify(pred, gold)
     assert Counter(p for _, p, _ in errors if p) == Counter(set(pred) - set(gold))
     assert Counter(g for _, _, g in errors if g) == Counter(set(gold) - set(pred))
     for kind, p, g in errors:
@@ -114,7 +115,7 @@ def test_every_false_positive_and_negative_has_one_class(pred, gold):
 def independent(preds, golds):
     """Micro F1 under every rule, by nested loops over lists and with no shared code."""
     result = {}
-    for metric in ev.RULES:
+    for metric in scoring.RULES:
         tp = n = m = 0
         for pred, gold in zip(preds, golds):
             p, g = [], []
@@ -140,14 +141,15 @@ def independent(preds, golds):
 @given(SETS)
 def test_scores_equal_an_independent_computation(pairs):
     preds, golds = map(list, zip(*pairs))
-    scores = ev.headline(preds, golds, np.arange(len(preds)), 10, 0)
+    scores = scoring.headline(preds, golds, np.arange(len(preds)), 10, 0)
     assert {name: pytest.approx(s["f1"]) for name, s in scores.items()} == independent(preds, golds)
     for name, wanted in common.score(preds, golds).items():
         assert {key: scores[name][key] for key in wanted} == wanted
     assert {key: scores["jmere"][key] for key in ("tp", "pred", "gold")} == {
-        key: sum(s[key] for s in ev.per_relation(preds, golds).values()) for key in ("tp", "pred", "gold")
+        key: sum(s[key] for s in scoring.per_relation(preds, golds).values())
+        for key in ("tp", "pred", "gold")
     }
-    assert scores["jmere"]["tp"] == sum(s["tp"] for s in ev.per_size(preds, golds).values())
+    assert scores["jmere"]["tp"] == sum(s["tp"] for s in scoring.per_size(preds, golds).values())
 
 
 def test_each_rule_by_hand():
@@ -157,7 +159,7 @@ def test_each_rule_by_hand():
         [q("a, per, B, per, peer")],
         [q("X, per, Y, per, peer")],
     ]
-    scores = ev.headline(preds, golds, np.arange(3), 10, 0)
+    scores = scoring.headline(preds, golds, np.arange(3), 10, 0)
     counts = {name: (s["tp"], s["pred"], s["gold"]) for name, s in scores.items()}
     assert counts == {
         "jmere": (1, 4, 3),
@@ -167,7 +169,8 @@ def test_each_rule_by_hand():
     }
     assert scores["jmere"]["f1"] == pytest.approx(2 / 7)
     sizes = {
-        name: (s["examples"], s["tp"], s["pred"], s["gold"]) for name, s in ev.per_size(preds, golds).items()
+        name: (s["examples"], s["tp"], s["pred"], s["gold"])
+        for name, s in scoring.per_size(preds, golds).items()
     }
     assert sizes == {"0": (1, 0, 1, 0), "1": (1, 0, 1, 1), "2": (1, 1, 2, 2)}
 
@@ -217,9 +220,9 @@ def spoil(examples, seed=0):
 
 @needs_data
 def test_undirected_equals_the_published_scorer_on_the_real_test_set():
-    examples = common.load_examples(DATA / "mnre" / "mnre_test.txt")
+    examples = data.load_examples(DATA / "mnre" / "mnre_test.txt")
     preds, golds = spoil(examples), [e.quintuples for e in examples]
-    scores = ev.headline(preds, golds, np.arange(len(preds)), 10, 0)
+    scores = scoring.headline(preds, golds, np.arange(len(preds)), 10, 0)
     ours = [scores["jmere_undirected"][name] for name in ("precision", "recall", "f1")]
     assert ours == pytest.approx(published_undirected(preds, golds), abs=1e-12)
     assert scores["jmere"]["f1"] < scores["jmere_undirected"]["f1"] < 1
@@ -230,26 +233,26 @@ def test_undirected_equals_the_published_scorer_on_the_real_test_set():
 
 def test_bootstrap_resamples_tweets_together():
     counts = np.array([[1, 1, 1], [0, 1, 1], [3, 4, 5]])
-    samples = ev.bootstrap(counts, np.array([0, 0, 1]), 400, seed=3)
+    samples = scoring.bootstrap(counts, np.array([0, 0, 1]), 400, seed=3)
     possible = []  # both tweets drawn once, or one of them twice
     for a, b in ((1, 1), (2, 0), (0, 2)):
         tp, pred, gold = a * np.array([1, 2, 2]) + b * np.array([3, 4, 5])
         possible.append((tp / pred, tp / gold, 2 * tp / (pred + gold)))
     seen = {tuple(np.round(column, 12)) for column in samples.T}
     assert seen == {tuple(np.round(row, 12)) for row in possible}
-    assert (ev.bootstrap(counts, np.array([0, 0, 1]), 400, seed=3) == samples).all()
+    assert (scoring.bootstrap(counts, np.array([0, 0, 1]), 400, seed=3) == samples).all()
 
 
 def test_bootstrap_interval_is_the_binomial_one_where_it_is_known():
     hits = np.array([1] * 150 + [0] * 150)
     counts = np.stack([hits, np.ones(300, int), np.ones(300, int)], axis=1)
-    low, high = np.percentile(ev.bootstrap(counts, np.arange(300), 4000, 0)[2], (2.5, 97.5))
+    low, high = np.percentile(scoring.bootstrap(counts, np.arange(300), 4000, 0)[2], (2.5, 97.5))
     error = 1.96 * (0.25 / 300) ** 0.5
     assert low == pytest.approx(0.5 - error, abs=0.008) and high == pytest.approx(0.5 + error, abs=0.008)
 
 
 def test_bootstrap_of_nothing_is_zero():
-    assert (ev.bootstrap(np.zeros((4, 3), int), np.arange(4), 10, 0) == 0).all()
+    assert (scoring.bootstrap(np.zeros((4, 3), int), np.arange(4), 10, 0) == 0).all()
 
 
 # ------------------------------------------------------------------------------------------------ votes
@@ -273,7 +276,7 @@ def test_bootstrap_of_nothing_is_zero():
 )
 def test_vote(how, tau, answers, expected):
     assert (
-        "".join(ev.vote([tuple(a or "") for a in answers], [a is not None for a in answers], how, tau))
+        "".join(scoring.vote([tuple(a or "") for a in answers], [a is not None for a in answers], how, tau))
         == expected
     )
 
@@ -286,7 +289,7 @@ def respond(answer, think="x"):
 
 
 def write(path, rows):
-    path.write_text("".join(common.jsonl_line(row) for row in rows), encoding="utf-8")
+    path.write_text("".join(data.jsonl_line(row) for row in rows), encoding="utf-8")
     return path
 
 
@@ -330,7 +333,7 @@ def test_what_a_response_counts_as(
     tmp_path, prompt, text, finished, quintuples, unparsed, well_formed, malformed
 ):
     path = write(tmp_path / "p.jsonl", [stored_row("1", [text], prompt=prompt, finished=finished)])
-    prediction = ev.read_predictions(path)["1"]
+    prediction = predictions.read_predictions(path)["1"]
     assert len(prediction.answers[0]) == quintuples and prediction.parsed == [not unparsed]
     counts = {
         "responses": 1,
@@ -352,12 +355,12 @@ def test_other_systems_quintuples(tmp_path):
         tmp_path / "p.jsonl",
         [{"id": 7, "quintuples": items}, {"id": "8", "quintuples": []}, {"id": "9", "quintuples": ["x"]}],
     )
-    predictions = ev.read_predictions(path)
+    found = predictions.read_predictions(path)
     assert (
-        predictions["7"].answers == [(GOLD, q("A, animal, B, per, likes"))]
-        and predictions["7"].counts["malformed_items"] == 1
+        found["7"].answers == [(GOLD, q("A, animal, B, per, likes"))]
+        and found["7"].counts["malformed_items"] == 1
     )
-    assert predictions["8"].parsed == [True] and predictions["9"].parsed == [False]
+    assert found["8"].parsed == [True] and found["9"].parsed == [False]
 
 
 # ------------------------------------------------------------------------------------------------ the command line
@@ -419,7 +422,7 @@ def test_scoring_another_systems_file(tmp_path):
 @needs_data
 @pytest.mark.parametrize("file", ["jmere/test.json", "mnre/mnre_test.txt"])
 def test_gold_against_itself_is_100(tmp_path, file):
-    examples = common.load_examples(DATA / file)
+    examples = data.load_examples(DATA / file)
     rows = [{"id": e.id, "quintuples": [list(g) for g in e.quintuples]} for e in examples]
     done = run(
         "--predictions", write(tmp_path / "p.jsonl", rows), "--data", DATA / file, "--out", tmp_path / "out"
@@ -499,7 +502,7 @@ def test_wrong_arguments(args):
 
 
 class FakeRanks:
-    """vlm.Ranks for threads of one process."""
+    """training.Ranks for threads of one process."""
 
     device = torch.device("cpu")
 
@@ -522,7 +525,7 @@ class FakeRanks:
 
 
 class FakeVlm(types.SimpleNamespace):
-    """What 05 uses of vlm.py. Answers depend on the tweet's key alone; dies before tweet number `dies_at`."""
+    """What 05 uses of vlm, rollout and training. Answers depend on the tweet's key alone; dies before tweet number `dies_at`."""
 
     def __init__(self, ranks=(0,), dies_at=None, own="reason"):
         meeting, values = threading.Barrier(len(ranks), timeout=60), [None] * len(ranks)
@@ -589,8 +592,13 @@ def tweets(tmp_path):
     return write(tmp_path / "data.jsonl", rows)
 
 
+def stand_in(monkeypatch, fake):
+    for name in ("vlm", "rollout", "training"):
+        monkeypatch.setattr(lib, name, fake, raising=False)
+
+
 def evaluate(monkeypatch, vlm, data, out, *more):
-    monkeypatch.setitem(sys.modules, "vlm", vlm)
+    stand_in(monkeypatch, vlm)
     ev.main(
         ev.parse_args(["--model", "tiny", "--data", str(data), "--out", str(out), "--batch-rows", "2", *more])
     )
@@ -616,7 +624,7 @@ def test_predict_stores_then_scores(monkeypatch, tweets, tmp_path, capsys):
     order = [prompt.split("Tweet: ")[1].split("{text}")[0].count("word") for prompt, _ in vlm.items]
     assert order == [3, 5, 4, 2, 1, 0]  # longest first, the image included; a brace in a tweet is text
     assert "<think>" in vlm.items[0][0] and Path(vlm.items[0][1]).name == "280.png"
-    rows = [row for _, row in common.read_jsonl(out / "predictions.jsonl")]
+    rows = [row for _, row in data.read_jsonl(out / "predictions.jsonl")]
     assert [row["id"] for row in rows] == [f"t{i}" for i in range(6)] and len(
         rows[0]["responses"]
     ) == 3  # in the order of the data
@@ -654,7 +662,7 @@ def test_predict_stores_then_scores(monkeypatch, tweets, tmp_path, capsys):
 def test_prompt_follows_the_adapter(monkeypatch, tweets, tmp_path, more, own, expected):
     vlm = evaluate(monkeypatch, FakeVlm(own=own), tweets, tmp_path / "run", *more)
     assert {"<think>" in prompt for prompt, _ in vlm.items} == {expected == "reason"}
-    assert next(common.read_jsonl(tmp_path / "run" / "predictions.jsonl"))[1]["prompt"] == expected
+    assert next(data.read_jsonl(tmp_path / "run" / "predictions.jsonl"))[1]["prompt"] == expected
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(monkeypatch, tweets, tmp_path):
@@ -679,7 +687,7 @@ def test_ranks_share_the_work_and_rank_0_merges(monkeypatch, tweets, tmp_path):
     evaluate(monkeypatch, FakeVlm(), tweets, one)
     vlm = FakeVlm(ranks=(1, 0))
     with ThreadPoolExecutor(2) as pool:  # one thread a rank, with a real barrier
-        monkeypatch.setitem(sys.modules, "vlm", vlm)
+        stand_in(monkeypatch, vlm)
         args = ["--model", "tiny", "--data", str(tweets), "--out", str(two), "--batch-rows", "2"]
         assert [done.result() for done in [pool.submit(ev.main, ev.parse_args(args)) for _ in (0, 1)]] == [
             None,
@@ -724,17 +732,17 @@ def test_other_settings_on_the_same_out_are_refused(monkeypatch, tweets, tmp_pat
 
 def test_other_data_on_the_same_out_is_refused(monkeypatch, tweets, tmp_path, capsys):
     evaluate(monkeypatch, FakeVlm(), tweets, tmp_path / "run")
-    rows = [{**row, "text": row["text"] + "!"} for _, row in common.read_jsonl(tweets)]
+    rows = [{**row, "text": row["text"] + "!"} for _, row in data.read_jsonl(tweets)]
     with pytest.raises(SystemExit):
         evaluate(monkeypatch, FakeVlm(), write(tmp_path / "other.jsonl", rows), tmp_path / "run")
     assert "is not this tweet of --data" in capsys.readouterr().err
 
 
 def test_tweets_without_gold_are_predicted_and_not_scored(monkeypatch, tweets, tmp_path, capsys):
-    rows = [{name: row[name] for name in ("id", "text", "image")} for _, row in common.read_jsonl(tweets)]
+    rows = [{name: row[name] for name in ("id", "text", "image")} for _, row in data.read_jsonl(tweets)]
     evaluate(monkeypatch, FakeVlm(), write(tmp_path / "plain.jsonl", rows), tmp_path / "run")
     assert "6 quintuples predicted; no gold, so no score" in capsys.readouterr().out
-    answer = next(common.read_jsonl(tmp_path / "run" / "quintuples.jsonl"))[1]
+    answer = next(data.read_jsonl(tmp_path / "run" / "quintuples.jsonl"))[1]
     assert answer == {"id": "t0", "quintuples": [list(GOLD)]}
     assert "scores" not in json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert (
@@ -758,7 +766,7 @@ def test_a_bad_image_is_found_before_the_model_is_loaded(monkeypatch, tweets, tm
 
 
 def test_a_second_run_on_the_same_out_is_refused(monkeypatch, tweets, tmp_path, capsys):
-    with common.AppendFile(tmp_path / "run" / ".lock"), pytest.raises(SystemExit) as stopped:
+    with ask.AppendFile(tmp_path / "run" / ".lock"), pytest.raises(SystemExit) as stopped:
         evaluate(monkeypatch, FakeVlm(), tweets, tmp_path / "run", "--fresh")
     assert stopped.value.code == 2 and "another process writes to it" in capsys.readouterr().err
 
@@ -806,12 +814,12 @@ def shell(command, *args):
 def texts(out):
     return {
         row["id"]: [r["text"] for r in row["responses"]]
-        for _, row in common.read_jsonl(out / "predictions.jsonl")
+        for _, row in data.read_jsonl(out / "predictions.jsonl")
     }
 
 
 def test_a_real_model_predicts_the_same_on_any_number_of_ranks(tiny, small_world, tmp_path):
-    import vlm
+    from lib import vlm
 
     model, processor = vlm.load(tiny)
     torch.manual_seed(1)
@@ -859,5 +867,5 @@ def test_a_real_model_predicts_the_same_on_any_number_of_ranks(tiny, small_world
 
 
 def test_table_columns_line_up():
-    lines = ev.table(("name", "n"), [("a", 1), ("long name", 1000)]).splitlines()
+    lines = scoring.table(("name", "n"), [("a", 1), ("long name", 1000)]).splitlines()
     assert lines == ["name          n", "a             1", "long name  1000"]

@@ -15,8 +15,8 @@ from fake_openai import FakeOpenAI
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
+from lib import data, predictions, scoring
 
 ev = importlib.import_module("05_eval")
 A, B, C = (common.quintuple(name, "per", "Browns", "org", "member of") for name in "ABC")
@@ -24,7 +24,7 @@ A, B, C = (common.quintuple(name, "per", "Browns", "org", "member of") for name 
 
 def write(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(map(common.jsonl_line, rows)), encoding="utf-8")
+    path.write_text("".join(map(data.jsonl_line, rows)), encoding="utf-8")
     return path
 
 
@@ -72,7 +72,7 @@ def random_predictions(examples=12, n=7, seed=0):
     for _ in range(examples):
         answers = [tuple(rng.choices((A, B, C), k=rng.randint(0, 2))) for _ in range(n)]
         parsed = [bool(answer) or rng.random() < 0.5 for answer in answers]
-        preds.append(ev.Prediction(answers, parsed, Counter(), n))
+        preds.append(predictions.Prediction(answers, parsed, Counter(), n))
         golds.append(rng.choice([(A,), (A, B), ()]))
     return preds, golds
 
@@ -81,7 +81,7 @@ def random_predictions(examples=12, n=7, seed=0):
 def test_f1_at_k_is_the_vote_of_every_subset(how, tau):
     preds, golds = random_predictions()
     curve, rng, wanted = (
-        ev.f1_at_k(preds, golds, how, tau, subsets=5, seed=9),
+        scoring.f1_at_k(preds, golds, how, tau, subsets=5, seed=9),
         np.random.default_rng(9),
         np.zeros((5, 7)),
     )
@@ -90,7 +90,7 @@ def test_f1_at_k_is_the_vote_of_every_subset(how, tau):
         for k in range(1, 8):
             chosen = [sorted(order[s, :k]) for order in orders]
             voted = [
-                ev.vote([p.answers[i] for i in c], [p.parsed[i] for i in c], how, tau)
+                scoring.vote([p.answers[i] for i in c], [p.parsed[i] for i in c], how, tau)
                 for p, c in zip(preds, chosen)
             ]
             wanted[s, k - 1] = common.score(voted, golds)["jmere"]["f1"]
@@ -100,9 +100,9 @@ def test_f1_at_k_is_the_vote_of_every_subset(how, tau):
 
 def test_f1_at_1_is_the_mean_of_single_responses():
     preds, golds = random_predictions(30, 4)
-    curve = ev.f1_at_k(preds, golds, subsets=3000)
+    curve = scoring.f1_at_k(preds, golds, subsets=3000)
     args = ev.parse_args(["--predictions", "p", "--subsets", "5"])
-    assert curve[:, 0].mean() == pytest.approx(ev.diversity(preds, golds, args)["single_mean"], abs=0.01)
+    assert curve[:, 0].mean() == pytest.approx(scoring.diversity(preds, golds, args)["single_mean"], abs=0.01)
 
 
 def test_diversity_by_hand(tmp_path):

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
+from lib import data as files
 
 ev = importlib.import_module("05_eval")
 GOLD = common.quintuple("Josh Gordon", "per", "Browns", "org", "member of")
@@ -54,7 +54,7 @@ def report(tmp_path_factory):
         rows.append(
             {**row, "quintuples": [list(q) for q in gold], "prompt": "reason", "responses": responses}
         )
-    (folder / "predictions.jsonl").write_text("".join(map(common.jsonl_line, rows)), encoding="utf-8")
+    (folder / "predictions.jsonl").write_text("".join(map(files.jsonl_line, rows)), encoding="utf-8")
     command = [
         sys.executable,
         ROOT / "05_eval.py",
@@ -102,7 +102,7 @@ def test_the_page_holds_the_run(report):
 
 
 def test_the_page_loads_nothing_and_data_stays_data(report):
-    page, template = report.read_text(encoding="utf-8"), (ROOT / "report.html").read_text(encoding="utf-8")
+    page, template = report.read_text(encoding="utf-8"), (ROOT / "lib" / "report.html").read_text(encoding="utf-8")
     assert (
         page.count("<script") == template.count("<script") == 2
         and page.count("<img") == template.count("<img") == 0
@@ -117,7 +117,7 @@ def test_the_page_loads_nothing_and_data_stays_data(report):
 def test_without_gold_there_are_examples_and_no_scores(tmp_path):
     row = {"id": "1", "text": "Josh Gordon of the Browns", "image": "gone.png", "prompt": "direct"}
     row["responses"] = [{"text": common.format_answer([GOLD]), "finished": True}]
-    (tmp_path / "p.jsonl").write_text(common.jsonl_line(row))
+    (tmp_path / "p.jsonl").write_text(files.jsonl_line(row))
     ev.main(ev.parse_args(["--predictions", str(tmp_path / "p.jsonl"), "--out", str(tmp_path), "--report"]))
     data = block(tmp_path / "report.html")
     assert data["shown"][0]["items"] == [["predicted", list(GOLD), None]] and "scores" not in data["metrics"]

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, ROOT, run_script, stage
+from conftest import ARCHITECTURES, run_script, stage
 
 import common
-import vlm
+from lib import data, rollout, vlm
 
 LENGTHS = [[5, 1, 12], [9, 3, 2]]  # response tokens of two groups, ragged, one of length 1
 TOLERANCE = 1e-5
@@ -20,14 +20,14 @@ def loaded(request, tiny, world):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
-    examples = common.load_examples(world / "train.jsonl", None, need=("quintuples",))
+    examples = data.load_examples(world / "train.jsonl", None, need=("quintuples",))
     items = [(common.REASON_PROMPT.format(text=examples[0].text), examples[0].image)]
     items.append((common.DIRECT_PROMPT.format(text=examples[1].text), examples[1].image))
     return model.eval(), processor, items
 
 
 def decoder_config(model):
-    return vlm._base(model).model.language_model.config
+    return vlm.base_model(model).model.language_model.config
 
 
 def completions_of(model, lengths):
@@ -47,7 +47,7 @@ def transformers_logps(model, processor, items, completions, temperature=1.0):
         chat = processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
-        inputs = processor(text=[chat], images=[common.load_image(image)], return_tensors="pt")
+        inputs = processor(text=[chat], images=[data.load_image(image)], return_tensors="pt")
         for ids in group:
             whole = dict(inputs, input_ids=torch.cat([inputs["input_ids"], torch.tensor([ids])], 1))
             whole["attention_mask"] = torch.ones_like(whole["input_ids"])
@@ -84,12 +84,14 @@ def compare(model, processor, items, lengths, attention="sdpa", checkpointing=Fa
     model.train()
     prompts = vlm.encode(model, processor, items)
     try:
-        logps, _, mask = vlm.completion_logps(model, prompts, completions, temperature)
+        logps, _, mask = rollout.completion_logps(model, prompts, completions, temperature)
         packed = (logps.detach(), *loss_and_gradients(model, logps, mask))
         for name in ("plain", "transformers"):
             config._attn_implementation = attention
             if name == "plain":
-                logps = vlm.completion_logps(model, prompts, completions, temperature, shared_prefix=False)[0]
+                logps = rollout.completion_logps(
+                    model, prompts, completions, temperature, shared_prefix=False
+                )[0]
             else:
                 logps = transformers_logps(model, processor, items, completions, temperature)
             other = (logps.detach(), *loss_and_gradients(model, logps, mask))
@@ -117,15 +119,17 @@ def test_packed_row_equals_plain_and_transformers(loaded, attention, checkpointi
 def test_the_comparison_can_fail(loaded, fault, monkeypatch):
     model, processor, items = loaded
     if fault == "position":  # responses begin one place late
-        right = vlm._positions
-        monkeypatch.setattr(vlm, "_positions", lambda prompt, length: right(prompt, length) + 1)
+        right = vlm.response_positions
+        monkeypatch.setattr(vlm, "response_positions", lambda prompt, length: right(prompt, length) + 1)
     elif fault == "neighbour":  # responses see nothing of their own
         monkeypatch.setattr(
-            vlm.Packed, "_mask", lambda self, size, length, query: torch.zeros(query.shape[2], size + length)
+            rollout.Packed,
+            "_mask",
+            lambda self, size, length, query: torch.zeros(query.shape[2], size + length),
         )
     else:  # the state of the token itself, not of the one before it
-        right = vlm._hidden_shared
-        monkeypatch.setattr(vlm, "_hidden_shared", lambda *args: right(*args).roll(-1, 0))
+        right = rollout._hidden_shared
+        monkeypatch.setattr(rollout, "_hidden_shared", lambda *args: right(*args).roll(-1, 0))
     _, loss, gradients = compare(model, processor, items[:1], LENGTHS[:1])["transformers"]
     assert gradients > 1e-3, f"gradients differ by {gradients:.1e} only"
 
@@ -137,7 +141,7 @@ def test_bf16_is_as_near_to_fp32_as_the_plain_path(loaded):
     weights = {name: value.clone() for name, value in model.state_dict().items()}
 
     def run(shared_prefix):
-        logps, _, mask = vlm.completion_logps(
+        logps, _, mask = rollout.completion_logps(
             model, vlm.encode(model, processor, items), completions, 1.0, shared_prefix
         )
         return logps.detach(), loss_and_gradients(model, logps, mask)[1]
@@ -160,11 +164,11 @@ def test_bf16_is_as_near_to_fp32_as_the_plain_path(loaded):
 
 def test_head_and_loss_in_one_equal_autograd(monkeypatch):
     """Chunks of 4 of 11 tokens; float64, so the finite differences of gradcheck mean something."""
-    monkeypatch.setattr(vlm, "HEAD_CHUNK", 4)
+    monkeypatch.setattr(rollout, "HEAD_CHUNK", 4)
     torch.manual_seed(0)
     weight, targets = torch.randn(17, 6, dtype=torch.float64), torch.randint(17, (11,))
     hidden = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
-    logps, entropy = vlm.TokenLogps.apply(hidden.float(), weight.float(), targets, 0.7)
+    logps, entropy = rollout.TokenLogps.apply(hidden.float(), weight.float(), targets, 0.7)
     expected = (hidden @ weight.T / 0.7).log_softmax(-1)
     slope = torch.randn(11, dtype=torch.float64)
     ours = torch.autograd.grad(logps @ slope.float(), hidden)[0]
@@ -175,7 +179,7 @@ def test_head_and_loss_in_one_equal_autograd(monkeypatch):
 
 def test_the_vocabulary_is_never_wider_than_a_chunk(loaded, monkeypatch):
     model, processor, items = loaded
-    monkeypatch.setattr(vlm, "HEAD_CHUNK", 8)
+    monkeypatch.setattr(rollout, "HEAD_CHUNK", 8)
     seen = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -192,7 +196,7 @@ def test_the_vocabulary_is_never_wider_than_a_chunk(loaded, monkeypatch):
     completions = completions_of(model, LENGTHS)
     prompts = vlm.encode(model, processor, items)
     with Watch():
-        logps, _, mask = vlm.completion_logps(model, prompts, completions)
+        logps, _, mask = rollout.completion_logps(model, prompts, completions)
         loss_and_gradients(model, logps, mask)
     rows = [n for n in seen if n != decoder_config(model).hidden_size]  # the head's own weight, transposed
     assert rows and max(rows) <= 8
@@ -202,10 +206,10 @@ def test_reference_and_policy_start_bitwise_equal(loaded):
     model, processor, items = loaded
     prompts, completions = vlm.encode(model, processor, items), completions_of(model, LENGTHS)
     model.train()
-    policy, _, _ = vlm.completion_logps(model, prompts, completions)
+    policy, _, _ = rollout.completion_logps(model, prompts, completions)
     model.eval()
     with torch.no_grad():
-        again, _, _ = vlm.completion_logps(model, prompts, completions)
+        again, _, _ = rollout.completion_logps(model, prompts, completions)
     assert policy.requires_grad and torch.equal(policy, again)
 
 
@@ -217,7 +221,7 @@ def test_greedy_tokens_equal_generate(loaded, static):
     """Four rows of two prompts of different length, LoRA on, against `generate` of a plain transformers model."""
     model, processor, items = loaded
     items = [*items, items[1], items[0]]
-    ours = vlm.generate(model, processor, items, n=2, max_new_tokens=80, temperature=0.0, static=static)
+    ours = rollout.generate(model, processor, items, n=2, max_new_tokens=80, temperature=0.0, static=static)
     config = decoder_config(model)
     try:
         config._attn_implementation = "sdpa"
@@ -226,7 +230,7 @@ def test_greedy_tokens_equal_generate(loaded, static):
             chat = processor.apply_chat_template(
                 [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
             )
-            inputs = processor(text=[chat], images=[common.load_image(image)], return_tensors="pt")
+            inputs = processor(text=[chat], images=[data.load_image(image)], return_tensors="pt")
             plain = {
                 "do_sample": False,
                 "suppress_tokens": vlm.image_ids(model),
@@ -245,15 +249,15 @@ def test_greedy_tokens_equal_generate(loaded, static):
 def test_sampled_tokens_equal_a_loop_without_cache(loaded, static, monkeypatch):
     """Ragged ends: many ids stop a response, so rows and whole prompts leave the batch at different steps."""
     model, processor, items = loaded
-    monkeypatch.setattr(vlm.Decoding, "GROW", {False: 4, True: 4})
+    monkeypatch.setattr(rollout.Decoding, "GROW", {False: 4, True: 4})
     monkeypatch.setattr(vlm, "stop_ids", lambda *_: list(range(0, 120)))
     prompts = vlm.encode(model, processor, [*items, items[0]])
-    groups = vlm.sample(model, processor, prompts, 4, 20, 1.0, keys=["a", "b", "c"], static=static)
+    groups = rollout.sample(model, processor, prompts, 4, 20, 1.0, keys=["a", "b", "c"], static=static)
     lengths = {len(sample.ids) for group in groups for sample in group}
     assert len(lengths) > 3 and all(s.finished == (s.ids[-1] < 120) for group in groups for s in group)
-    base = vlm._base(model)
+    base = vlm.base_model(model)
     for prompt, key, group in zip(prompts, "abc", groups):
-        noise = vlm.uniforms(4, 20, key)
+        noise = rollout.uniforms(4, 20, key)
         for row, sample in enumerate(group):
             for step, token in enumerate(sample.ids):
                 embeds = torch.cat(
@@ -262,30 +266,30 @@ def test_sampled_tokens_equal_a_loop_without_cache(loaded, static, monkeypatch):
                         base.get_input_embeddings()(torch.tensor(sample.ids[:step], dtype=torch.long)),
                     ]
                 )
-                positions = torch.cat([prompt.positions, vlm._positions(prompt, step)], 1)[None]
+                positions = torch.cat([prompt.positions, vlm.response_positions(prompt, step)], 1)[None]
                 with torch.no_grad():
                     hidden = base.model.language_model(
-                        inputs_embeds=embeds[None], position_ids=vlm._as_rope(positions), use_cache=False
+                        inputs_embeds=embeds[None], position_ids=vlm.as_rope(positions), use_cache=False
                     )
                     logits = base.lm_head(hidden.last_hidden_state[:, -1])
                 logits[:, vlm.image_ids(model)] = -torch.inf
-                assert vlm._draw(logits, 1.0, 1.0, noise[row : row + 1, step]).item() == token
+                assert rollout._draw(logits, 1.0, 1.0, noise[row : row + 1, step]).item() == token
 
 
 def test_sampling_leaves_the_model_as_it_was(loaded):
     model, processor, items = loaded
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    vlm.sample(model, processor, vlm.encode(model, processor, items), 2, 4, 1.0)
+    rollout.sample(model, processor, vlm.encode(model, processor, items), 2, 4, 1.0)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_a_disabled_adapter_samples_the_base(loaded, tiny):
     model, processor, items = loaded
-    plain, _ = vlm.load(str(tiny(vlm._base(model).config.model_type)))
+    plain, _ = vlm.load(str(tiny(vlm.base_model(model).config.model_type)))
     with model.disable_adapter():
-        ours = vlm.generate(model, processor, items, max_new_tokens=12, temperature=0.0)
-    theirs = vlm.generate(plain, processor, items, max_new_tokens=12, temperature=0.0)
+        ours = rollout.generate(model, processor, items, max_new_tokens=12, temperature=0.0)
+    theirs = rollout.generate(plain, processor, items, max_new_tokens=12, temperature=0.0)
     assert [s.ids for [s] in ours] == [s.ids for [s] in theirs]
 
 
@@ -321,7 +325,7 @@ def test_split_group_has_the_gradient_of_the_whole(loaded):
         model.zero_grad()
         total, rows = 0.0, grpo.pack_rows([len(prompts[0].embeds)], [lengths], limit)
         for _, row in rows:
-            logps, _, mask = vlm.completion_logps(model, prompts, [[ids[i] for i in row]])
+            logps, _, mask = rollout.completion_logps(model, prompts, [[ids[i] for i in row]])
             loss, _ = grpo.grpo_loss(logps, ref_logps[row, : logps.shape[1]], advantages[row], mask, 0.1)
             (loss * len(row) / 3).backward()
             total += loss.item() * len(row) / 3
@@ -338,7 +342,6 @@ def test_split_group_has_the_gradient_of_the_whole(loaded):
 
 REWARDS = """
 import importlib, sys
-sys.path.insert(0, {root!r})
 import common
 grpo = importlib.import_module("04_grpo")
 def reward(text, gold, alpha, beta):  # differs within every group but one
@@ -351,9 +354,9 @@ sys.exit(grpo.main(grpo.parse_args()))
 
 def test_every_way_to_compute_an_update_gives_the_same(tiny, world, tmp_path):
     """Shared, plain, and on two ranks split into rows with the constant group left out, so that one rank has more to do."""
-    constant = str(common.load_examples(world / "train.jsonl")[0].quintuples)
-    (tmp_path / "grpo.py").write_text(REWARDS.format(root=str(ROOT), constant=constant))
-    data = (
+    constant = str(data.load_examples(world / "train.jsonl")[0].quintuples)
+    (tmp_path / "grpo.py").write_text(REWARDS.format(constant=constant))
+    arguments = (
         "--model",
         tiny("qwen2_5_vl"),
         "--data",
@@ -378,7 +381,7 @@ def test_every_way_to_compute_an_update_gives_the_same(tiny, world, tmp_path):
         out = tmp_path / name
         run_script(
             tmp_path / "grpo.py",
-            *data,
+            *arguments,
             "--group-size",
             3,
             "--max-new-tokens",
@@ -388,7 +391,7 @@ def test_every_way_to_compute_an_update_gives_the_same(tiny, world, tmp_path):
             out,
             ranks=ranks,
         )
-        [rows[name]] = [row for _, row in common.read_jsonl(out / "metrics.jsonl")]
+        [rows[name]] = [row for _, row in data.read_jsonl(out / "metrics.jsonl")]
     first = rows["shared"]
     assert (
         first["grad_norm"] > 0

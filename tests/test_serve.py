@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import common
+from lib import data
 
 ROOT = Path(__file__).parent.parent
 MISSING = [
@@ -75,7 +75,7 @@ def test_distil_against_transformers_serve(server, tmp_path):
     rows = [{"id": f"t{i}", "text": f"tweet {i}", "image": f"{i}.png", "quintuples": gold} for i in (0, 1)]
     for i in (0, 1):
         Image.new("RGB", (56, 56), (200 * i, 9, 9)).save(tmp_path / f"{i}.png")
-    (tmp_path / "data.jsonl").write_text("".join(map(common.jsonl_line, rows)))
+    (tmp_path / "data.jsonl").write_text("".join(map(data.jsonl_line, rows)))
     command = [
         sys.executable,
         ROOT / "01_distill.py",
@@ -90,7 +90,7 @@ def test_distil_against_transformers_serve(server, tmp_path):
     env = os.environ | {"OPENAI_API_KEY": "local"}
     done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    answers = [row for _, row in common.read_jsonl(tmp_path / "cot.jsonl")]
+    answers = [row for _, row in data.read_jsonl(tmp_path / "cot.jsonl")]
     assert sorted((row["id"], row["candidate"]) for row in answers) == [
         ("t0", 0),
         ("t0", 1),

@@ -13,12 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import vlm
 from common import InputError
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import kill_points
-from zygote import ROOT, Zygote
+from lib import merge, training, vlm
+from tests import kill_points
+from tests.zygote import ROOT, Zygote
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +179,7 @@ def test_merge_is_base_plus_adapter(arch, tmp_path):
     for parameter in (p for p in model.parameters() if p.requires_grad):
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
     vlm.save_adapter(model, processor, tmp_path / "adapter", "reason")
-    proof = vlm.merge(str(inputs["model"]), tmp_path / "adapter", tmp_path / "merged")
+    proof = merge.merge_adapter(str(inputs["model"]), tmp_path / "adapter", tmp_path / "merged")
     print(arch, proof)
     assert proof["difference"] < 1e-5 < 1e-2 < proof["effect"]
     assert json.loads((tmp_path / "merged" / "jmere.json").read_text())["prompt"] == "reason"
@@ -189,14 +187,15 @@ def test_merge_is_base_plus_adapter(arch, tmp_path):
         parameter.data.zero_()
     vlm.save_adapter(model, processor, tmp_path / "untrained", "reason")
     with pytest.raises(InputError, match="changes no logit"):
-        vlm.merge(str(inputs["model"]), tmp_path / "untrained", tmp_path / "merged2")
+        merge.merge_adapter(str(inputs["model"]), tmp_path / "untrained", tmp_path / "merged2")
 
 
 # ------------------------------------------------------------------------------------------------ named at the start
 
-FREEZE = "import vlm; add = vlm.add_lora; vlm.add_lora = lambda *a: add(*a).requires_grad_(False)"
+FREEZE = "from lib import vlm; add = vlm.add_lora; vlm.add_lora = lambda *a: add(*a).requires_grad_(False)"
 IMAGE_TOKENS = """
-import torch, vlm
+import torch
+from lib import vlm
 load = vlm.load
 def other(*args):
     model, processor = load(*args)
@@ -210,7 +209,8 @@ def other(*args):
 vlm.load = other
 """
 APART = """
-import vlm, torch
+import torch
+from lib import vlm
 load = vlm.load_adapter
 def moved(model, folder, **more):
     model = load(model, folder, **more)
@@ -312,17 +312,18 @@ def test_faults_are_named(start, script, more, patch, code, message):
 def test_numbers_that_mean_nothing(more, message):
     grpo = importlib.import_module("04_grpo")
     needed = ["--data", "d", "--model", "m", "--out", "o"]
-    vlm.check_arguments(grpo.parse_args(needed))
+    training.check_arguments(grpo.parse_args(needed))
     with pytest.raises(InputError, match=message):
-        vlm.check_arguments(grpo.parse_args([*needed, *more]))
+        training.check_arguments(grpo.parse_args([*needed, *more]))
 
 
 # ------------------------------------------------------------------------------------------------ two ranks
 
 GRADIENTS = """
-import os, sys, torch, vlm, common
+import os, sys, torch, common
+from lib import training
 from deepspeed.utils import safe_get_full_grad
-out, make, seen = sys.argv[sys.argv.index("--out") + 1], vlm.make_engine, []
+out, make, seen = sys.argv[sys.argv.index("--out") + 1], training.make_engine, []
 def probed(model, *rest):
     engine = make(model, *rest)
     step = engine.step
@@ -335,7 +336,7 @@ def probed(model, *rest):
         step()
     engine.step = spy
     return engine
-vlm.make_engine = probed
+training.make_engine = probed
 def reward(text, *rest):  # a random model earns nothing: give its groups something to tell apart
     total = len(text) % 7 / 7
     return common.Reward(total, total, 0.0, 0.0)
@@ -351,7 +352,12 @@ def launch(script, argv, patch, tmp_path, ranks=2):
     command = list(
         map(str, [*command, ROOT / "tests" / "rank_probe.py", tmp_path / "patch.py", script, *argv])
     )
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
+    }
     return subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=env, timeout=400
     )
@@ -396,7 +402,8 @@ def test_two_ranks_equal_one_of_twice_the_batch(script, start, inputs, sft, tmp_
 
 def test_one_rank_failing_ends_all_with_the_cause(inputs, sft, tmp_path):
     patch = """
-import os, vlm
+import os
+from lib import vlm
 encode, calls = vlm.encode, []
 def broken(*args):
     calls.append(1)
@@ -415,8 +422,9 @@ vlm.encode = broken
 
 def test_one_rank_failing_in_a_collective_ends_all(inputs, tmp_path):
     patch = """
-import os, vlm
-make = vlm.make_engine
+import os
+from lib import training
+make = training.make_engine
 def probed(*args):
     engine = make(*args)
     def broken(loss):
@@ -424,7 +432,7 @@ def probed(*args):
     if os.environ["RANK"] == "1":
         engine.backward = broken
     return engine
-vlm.make_engine = probed
+training.make_engine = probed
 """
     ended = launch("03_sft", kill_points.command("03_sft", inputs, tmp_path / "out"), patch, tmp_path)
     assert ended.returncode != 0 and "ZeroDivisionError: backward on rank 1" in ended.stdout, ended.stdout[
@@ -434,7 +442,8 @@ vlm.make_engine = probed
 
 def test_a_signal_to_one_rank_stops_all_and_the_command_goes_on(inputs, tmp_path):
     patch = """
-import os, signal, vlm
+import os, signal
+from lib import vlm
 encode, calls = vlm.encode, []
 def told(*args):
     calls.append(1)

@@ -11,8 +11,8 @@ import torch
 from conftest import ARCHITECTURES, run_script, stage
 
 import common
-import vlm
 from common import InputError
+from lib import data, rollout, training, vlm
 
 sft, grpo = stage("03_sft"), stage("04_grpo")
 
@@ -98,8 +98,11 @@ def test_advantages_by_hand_and_constant_groups():
 
 def test_metrics_row_by_hand():
     good, bad = common.Reward(1.5, 1.0, 2.0, 1.0), common.Reward(0.0, 0.0, 0.0, 0.0)
-    sample = vlm.Sample("", [1, 2, 3], True)
-    rewards, samples = [[good, bad], [good, good]], [[sample, vlm.Sample("", [1], False)], [sample, sample]]
+    sample = rollout.Sample("", [1, 2, 3], True)
+    rewards, samples = (
+        [[good, bad], [good, good]],
+        [[sample, rollout.Sample("", [1], False)], [sample, sample]],
+    )
     row = grpo.metrics_row(grpo.summarise(rewards, samples))
     assert (
         row["reward"] == 4.5 / 4
@@ -115,18 +118,18 @@ def test_metrics_row_by_hand():
 
 
 def test_batches_cover_every_row_once_an_epoch_whatever_the_ranks():
-    stream = [i for step in range(9) for i in vlm.batch_indices(10, 4, step, seed=3)]
+    stream = [i for step in range(9) for i in training.batch_indices(10, 4, step, seed=3)]
     assert sorted(stream[:10]) == sorted(stream[10:20]) == list(range(10)) and stream[:10] != stream[10:20]
-    assert stream == [i for step in range(36) for i in vlm.batch_indices(10, 1, step, seed=3)]
-    assert stream != [i for step in range(9) for i in vlm.batch_indices(10, 4, step, seed=4)]
+    assert stream == [i for step in range(36) for i in training.batch_indices(10, 1, step, seed=3)]
+    assert stream != [i for step in range(9) for i in training.batch_indices(10, 4, step, seed=4)]
 
 
 def test_learning_rate():
     args = SimpleNamespace(lr=1.0, warmup_ratio=0.1, schedule="cosine")
-    rates = [vlm.lr_at(step, 100, args) for step in range(100)]
+    rates = [training.lr_at(step, 100, args) for step in range(100)]
     assert rates[0] == 0.1 and max(rates) == rates[9] == rates[10] == 1.0 and 0 < rates[-1] < 0.01
-    assert vlm.lr_at(99, 100, SimpleNamespace(lr=1.0, warmup_ratio=0, schedule="constant")) == 1.0
-    assert vlm.lr_at(60, 100, SimpleNamespace(lr=1.0, warmup_ratio=0.2, schedule="linear")) == 0.5
+    assert training.lr_at(99, 100, SimpleNamespace(lr=1.0, warmup_ratio=0, schedule="constant")) == 1.0
+    assert training.lr_at(60, 100, SimpleNamespace(lr=1.0, warmup_ratio=0.2, schedule="linear")) == 0.5
 
 
 # ------------------------------------------------------------------------------------------------ the model against plain transformers
@@ -135,7 +138,7 @@ def test_learning_rate():
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def loaded(request, tiny, world):
     model, processor = vlm.load(str(tiny(request.param)))
-    examples = common.load_examples(world / "test.jsonl")
+    examples = data.load_examples(world / "test.jsonl")
     texts = [common.REASON_PROMPT, common.DIRECT_PROMPT]
     return (
         model,
@@ -150,12 +153,12 @@ def plain_inputs(processor, item):
     chat = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
     )
-    return dict(processor(text=[chat], images=[common.load_image(item[1])], return_tensors="pt"))
+    return dict(processor(text=[chat], images=[data.load_image(item[1])], return_tensors="pt"))
 
 
 def test_greedy_tokens_equal_generate(loaded):
     model, processor, items = loaded
-    ours = vlm.generate(model, processor, items, max_new_tokens=24, temperature=0.0)
+    ours = rollout.generate(model, processor, items, max_new_tokens=24, temperature=0.0)
     for item, [sample] in zip(items, ours):
         inputs = plain_inputs(processor, item)
         out = model.generate(
@@ -176,7 +179,7 @@ def test_logps_equal_the_plain_forward(loaded):
     completions = [
         [[rng.choice(legal) for _ in range(length)] for length in lengths] for lengths in ((9, 1, 4), (2, 6))
     ]
-    logps, entropy, mask = vlm.completion_logps(
+    logps, entropy, mask = rollout.completion_logps(
         model, vlm.encode(model, processor, items), completions, temperature=0.7
     )
     assert logps.shape == entropy.shape == mask.shape == (5, 9) and mask.sum(1).tolist() == [9, 1, 4, 2, 6]
@@ -208,13 +211,15 @@ def test_logps_equal_the_plain_forward(loaded):
 
 def test_a_response_depends_on_its_key_alone(loaded):
     model, processor, items = loaded
-    together = vlm.generate(model, processor, items, n=3, max_new_tokens=8, temperature=1.0, keys=["a", "b"])
-    alone = vlm.generate(
+    together = rollout.generate(
+        model, processor, items, n=3, max_new_tokens=8, temperature=1.0, keys=["a", "b"]
+    )
+    alone = rollout.generate(
         model, processor, items[1:], n=3, max_new_tokens=8, temperature=1.0, keys=["b"], batch_rows=1
     )
     assert [s.ids for s in together[1]] == [s.ids for s in alone[0]]
     assert len({tuple(s.ids) for s in together[0]}) > 1
-    parts = vlm.generate(
+    parts = rollout.generate(
         model, processor, items[1:], n=3, max_new_tokens=8, temperature=1.0, keys=["b"], batch_rows=2
     )
     assert [s.ids for s in parts[0]] == [s.ids for s in alone[0]]
@@ -230,9 +235,9 @@ def test_sampling_follows_the_distribution():
             order = probs.argsort(descending=True)
             keep = order[: int((probs[order].cumsum(0) < top_p).sum()) + 1]
             probs = torch.zeros(6).index_put((keep,), probs[keep]) / probs[keep].sum()
-        drawn = vlm._draw(logits.expand(40000, 6), temperature, top_p, torch.rand(40000))
+        drawn = rollout._draw(logits.expand(40000, 6), temperature, top_p, torch.rand(40000))
         torch.testing.assert_close(drawn.bincount(minlength=6) / 40000, probs, atol=0.01, rtol=0)
-    assert vlm._draw(logits, 0.0, 1.0, None).item() == logits.argmax()
+    assert rollout._draw(logits, 0.0, 1.0, None).item() == logits.argmax()
 
 
 def test_special_tokens_in_a_tweet_are_text(loaded):
@@ -263,7 +268,7 @@ def test_loss_covers_response_and_stop_id_and_nothing_else(loaded):
     stop = vlm.stop_ids(model, processor)[0]
     ids = sft.target_ids(processor.tokenizer, "<think>\nx\n</think>", stop)
     assert ids[-1] == stop and processor.tokenizer.decode(ids[:-1]).strip() == "<think>\nx\n</think>"
-    logps, _, mask = vlm.completion_logps(model, vlm.encode(model, processor, items[:1]), [[ids]])
+    logps, _, mask = rollout.completion_logps(model, vlm.encode(model, processor, items[:1]), [[ids]])
     inputs = plain_inputs(processor, items[0])
     full = {**inputs, "input_ids": torch.cat([inputs["input_ids"], torch.tensor([ids])], 1)}
     full["attention_mask"] = torch.ones_like(full["input_ids"])
@@ -278,7 +283,7 @@ def test_loss_covers_response_and_stop_id_and_nothing_else(loaded):
 
 def test_target_texts():
     q = [common.quintuple("A", "per", "B", "org", "peer")]
-    example = common.Example("i", "t", "x.png", tuple(q), {"cot": "why"})
+    example = data.Example("i", "t", "x.png", tuple(q), {"cot": "why"})
     assert sft.target_text(example, "answer") == "[A, per, B, org, peer]"
     assert (
         sft.target_text(example, "cot")
@@ -290,7 +295,7 @@ def test_target_texts():
 
 
 def rows_of(path):
-    return [row for _, row in common.read_jsonl(path)]
+    return [row for _, row in data.read_jsonl(path)]
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -324,7 +329,7 @@ def test_sft_then_grpo_then_eval(arch, tiny, world, tmp_path):
         and json.loads((out / "config.json").read_text())["lora_rank"] == 8
     )
 
-    data = (
+    grpo_data = (
         "--data",
         world / "train.jsonl",
         "--group-size",
@@ -337,7 +342,7 @@ def test_sft_then_grpo_then_eval(arch, tiny, world, tmp_path):
         1e-3,
     )
     _, stdout, _ = run_script(
-        "04_grpo.py", "--model", model, "--adapter", out / "best", *data, "--out", tmp_path / "grpo", ranks=2
+        "04_grpo.py", "--model", model, "--adapter", out / "best", *grpo_data, "--out", tmp_path / "grpo", ranks=2
     )
     rows = rows_of(tmp_path / "grpo" / "metrics.jsonl")
     assert (
@@ -357,7 +362,7 @@ def test_sft_then_grpo_then_eval(arch, tiny, world, tmp_path):
     plain = AutoModelForImageTextToText.from_pretrained(model)
     plain = PeftModel.from_pretrained(plain, out / "best").eval()
     processor = vlm.load_processor(str(model))
-    example = common.load_examples(world / "test.jsonl")[0]
+    example = data.load_examples(world / "test.jsonl")[0]
     item = (common.REASON_PROMPT.format(text=example.text), example.image)
     inputs = plain_inputs(processor, item)
     ids = plain.generate(

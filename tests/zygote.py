@@ -40,7 +40,7 @@ class Zygote:
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         }
-        command = [sys.executable, __file__]
+        command = [sys.executable, "-m", "tests.zygote"]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env
         )
@@ -106,7 +106,6 @@ def child(request):
 def serve():
     answers = os.fdopen(os.dup(1), "w")  # libraries print to stdout too
     os.dup2(2, 1)
-    sys.path.insert(0, str(ROOT))
     qwen = "transformers.models.qwen2_5_vl"
     heavy = (
         "deepspeed.runtime.zero.muon.muon_optimizer",
@@ -115,7 +114,7 @@ def serve():
     )  # Muon: all of Inductor
     for name in (
         "deepspeed",
-        "vlm",
+        "lib.run",
         "03_sft",
         "04_grpo",
         f"{qwen}.modeling_qwen2_5_vl",

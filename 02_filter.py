@@ -29,25 +29,12 @@ import importlib.util
 import json
 import math
 import random
-import re
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
 import common
 from lib import api, ask, data
-
-POINTS = [most for _, _, most in common.SCORE_RULES]
-SCORES = re.compile(
-    r"[\s,;|*-]*".join(rf"R{i}\**\s*[=:]\s*\**(\d+)(?!\.?\d)(?:/\d+)?" for i in range(1, len(POINTS) + 1))
-)  # integers only
-LABELLED = r"(?:quintuples?|labels?|annotations?|tuples?|answers?|relations?|triples?)"
-LEAK = re.compile(
-    rf"\b(?:given|provided|supplied|annotated|listed|gold(?:en)?|ground[- ]truth|target|expected|reference) {LABELLED}\b"
-    rf"|\b{LABELLED} (?:(?:that )?(?:is|are|was|were) )?(?:given|provided|supplied|listed|above)\b"
-    r"|\bas (?:given|provided|annotated|labell?ed)\b(?! by)|\bground[- ]truth\b|\bgold(?:en)?[- ](?:standard|data)\b",
-    re.I,
-)
 
 
 def parse_args(argv=None):
@@ -113,44 +100,6 @@ def parse_args(argv=None):
     return args
 
 
-def leaked(cot, text):
-    """The phrase by which a chain betrays that it saw the labels, or None. What the tweet itself says is no leak.
-
-    >>> leaked("As the given quintuples state, Bob is a person.", "Bob"), leaked("He wears a gold medal.", "Bob")
-    ('given quintuples', None)
-    """
-    phrases = (match[0] for match in LEAK.finditer(cot))
-    return next((phrase.lower() for phrase in phrases if phrase.lower() not in text.lower()), None)
-
-
-def hide_answer(cot, gold):
-    """The chain without quintuples written out: lines that hold nothing else, and the gold ones wherever they stand."""
-    for q in gold:
-        fields = r"[\"'*`]*\s*,\s*[\"'*`]*".join(re.escape(part).replace(r"\ ", r"[ _]") for part in q)
-        cot = re.sub(rf"[\[(]?[\"'*`]*{fields}[\"'*`]*[\])]?", "", cot, flags=re.I)
-    return "\n".join(line for line in cot.split("\n") if not states_quintuples(line))
-
-
-def states_quintuples(line):
-    items, malformed = common.parse_answer(line)
-    return (
-        bool(items)
-        and not malformed
-        and all(common.normalise_label(item[i]) in common.TYPES for item in items for i in (1, 3))
-    )
-
-
-def parse_scores(text):
-    """One integer a rule from the judge's last line of scores, or None where one is missing or out of range.
-
-    >>> parse_scores("Scores: R1=2 R2=2 R3=1 R4=0 R5=1 R6=2")
-    (2, 2, 1, 0, 1, 2)
-    """
-    found = SCORES.findall(text)
-    scores = tuple(int(number) for number in found[-1]) if found else ()
-    return scores if scores and all(number <= most for number, most in zip(scores, POINTS)) else None
-
-
 def judge_prediction(row, gold):
     """→ (the quintuples predicted again, None or the reason to reject)."""
     if row is None:
@@ -168,10 +117,12 @@ def judge_scores(row, threshold):
     """→ (integers, None or the reason to reject)."""
     if row is None:
         return None, "score: call failed"
-    scores = parse_scores(row["response"]) if row["status"] == "ok" else None
+    scores = common.parse_scores(row["response"]) if row["status"] == "ok" else None
     if scores is None:
         return None, f"score: {'unparsed' if row['status'] == 'ok' else row['status']}"
-    return scores, None if Fraction(sum(scores), sum(POINTS)) >= threshold else "score: below the threshold"
+    return scores, None if Fraction(
+        sum(scores), sum(common.POINTS)
+    ) >= threshold else "score: below the threshold"
 
 
 def ask_each(client, candidates, prompts, path, title, args):
@@ -194,7 +145,7 @@ def agreement(path, points, png):
     """Figure 6: how the judge's points agree with human scores → figures, printed and drawn too. points: {(id, candidate): 0 … ten}."""
     import matplotlib.figure
 
-    most, pairs, missing = sum(POINTS), [], 0
+    most, pairs, missing = sum(common.POINTS), [], 0
     for number, row in data.read_jsonl(path):
         share = row.get("score")
         if not isinstance(share, int | float) or not 0 <= share <= 1 or not {"id", "candidate"} <= row.keys():
@@ -281,7 +232,7 @@ def main(args):
         stages.append((stage, *count(alive)))
 
     keep("well formed", [None if c.row["status"] == "ok" else c.row["status"] for c in alive])
-    leaks = [leaked(c.row["cot"], c.text) for c in alive]
+    leaks = [common.leaked(c.row["cot"], c.text) for c in alive]
     keep("no leaked label", [leak and f"leaked label: {leak}" for leak in leaks])
 
     # 2. who answers
@@ -298,7 +249,10 @@ def main(args):
 
     # 3. Re-Prediction Filter
     if not args.no_reprediction:
-        cots = [hide_answer(c.row["cot"], c.quintuples) if args.hide_answer else c.row["cot"] for c in alive]
+        cots = [
+            common.hide_answer(c.row["cot"], c.quintuples) if args.hide_answer else c.row["cot"]
+            for c in alive
+        ]
         prompts = [common.REPREDICT_PROMPT.format(text=c.text, cot=cot) for c, cot in zip(alive, cots)]
         answers, failed = ask_each(
             client, alive, prompts, out.with_suffix(".reprediction.jsonl"), "re-prediction", args
@@ -322,7 +276,7 @@ def main(args):
         failed += more
         verdicts = [judge_scores(answers.get(name_of(c)), args.threshold) for c in alive]
         for candidate, (scores, _) in zip(alive, verdicts):
-            share = scores and sum(scores) / sum(POINTS)
+            share = scores and sum(scores) / sum(common.POINTS)
             extra.setdefault(name_of(candidate), {}).update(scores=scores, score=share)
         if not args.dry_run:
             keep(f"score at least {float(args.threshold):g}", [reason for _, reason in verdicts])

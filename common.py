@@ -101,6 +101,19 @@ def normalise_label(label):
     return ALIASES.get(label, label)
 
 
+def as_item(value):
+    """The five fields of `value` as a tuple, or None where it is no list of five non-empty strings.
+
+    >>> as_item(["A", "per", "B", "org", "peer"]), as_item(["A", "per", "B"]), as_item(["A", "per", "", "org", "peer"])
+    (('A', 'per', 'B', 'org', 'peer'), None, None)
+    """
+    if not isinstance(value, list | tuple) or len(value) != len(Quintuple._fields):
+        return None
+    if not all(isinstance(field, str) and field.strip() for field in value):
+        return None
+    return tuple(value)
+
+
 def quintuple(head, head_type, tail, tail_type, relation):
     return Quintuple(
         normalise_text(head),
@@ -395,6 +408,59 @@ def _bare(piece):
             break
         piece = piece[1:-1].replace('\\"', '"').replace("\\'", "'").strip()
     return piece
+
+
+# ------------------------------------------------------------------------------------------------ chains and judgements (02)
+
+POINTS = [most for _, _, most in SCORE_RULES]
+SCORES = re.compile(
+    r"[\s,;|*-]*".join(rf"R{i}\**\s*[=:]\s*\**(\d+)(?!\.?\d)(?:/\d+)?" for i in range(1, len(POINTS) + 1))
+)  # integers only
+LABELLED = r"(?:quintuples?|labels?|annotations?|tuples?|answers?|relations?|triples?)"
+LEAK = re.compile(
+    rf"\b(?:given|provided|supplied|annotated|listed|gold(?:en)?|ground[- ]truth|target|expected|reference) {LABELLED}\b"
+    rf"|\b{LABELLED} (?:(?:that )?(?:is|are|was|were) )?(?:given|provided|supplied|listed|above)\b"
+    r"|\bas (?:given|provided|annotated|labell?ed)\b(?! by)|\bground[- ]truth\b|\bgold(?:en)?[- ](?:standard|data)\b",
+    re.I,
+)
+
+
+def leaked(cot, text):
+    """The phrase by which a chain betrays that it saw the labels, or None. What the tweet itself says is no leak.
+
+    >>> leaked("As the given quintuples state, Bob is a person.", "Bob"), leaked("He wears a gold medal.", "Bob")
+    ('given quintuples', None)
+    """
+    phrases = (match[0] for match in LEAK.finditer(cot))
+    return next((phrase.lower() for phrase in phrases if phrase.lower() not in text.lower()), None)
+
+
+def hide_answer(cot, gold):
+    """The chain without quintuples written out: lines that hold nothing else, and the gold ones wherever they stand."""
+    for q in gold:
+        fields = r"[\"'*`]*\s*,\s*[\"'*`]*".join(re.escape(part).replace(r"\ ", r"[ _]") for part in q)
+        cot = re.sub(rf"[\[(]?[\"'*`]*{fields}[\"'*`]*[\])]?", "", cot, flags=re.I)
+    return "\n".join(line for line in cot.split("\n") if not states_quintuples(line))
+
+
+def states_quintuples(line):
+    items, malformed = parse_answer(line)
+    return (
+        bool(items)
+        and not malformed
+        and all(normalise_label(item[i]) in TYPES for item in items for i in (1, 3))
+    )
+
+
+def parse_scores(text):
+    """One integer a rule from the judge's last line of scores, or None where one is missing or out of range.
+
+    >>> parse_scores("Scores: R1=2 R2=2 R3=1 R4=0 R5=1 R6=2")
+    (2, 2, 1, 0, 1, 2)
+    """
+    found = SCORES.findall(text)
+    scores = tuple(int(number) for number in found[-1]) if found else ()
+    return scores if scores and all(number <= most for number, most in zip(scores, POINTS)) else None
 
 
 # ------------------------------------------------------------------------------------------------ rewards (Eq. 2–5)

@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from common import RELATIONS, TYPES, InputError, Quintuple, quintuple
+from common import RELATIONS, TYPES, InputError, Quintuple, as_item, quintuple
 
 # ------------------------------------------------------------------------------------------------ JSONL
 
@@ -147,8 +147,18 @@ def load_examples(path, image_dir=None, need=(), key=("id",), skip_bad=False, me
     return _merged(examples) if merge_repeats else examples
 
 
+RELEASE = "the EEGA release goes there (README, Data)"  # where the default annotations come from
+
+
+def existing(option, path, source):
+    """`path`, where there is such a file or folder. Raises InputError: option, path, and where it comes from (`source`)."""
+    if not Path(path).exists():
+        raise InputError(f"{option} {path}: no such file: {source}, or name another")
+    return path
+
+
 def find_image(name, image_dir, path):
-    """image_dir/name where it exists, else beside `path` where it exists there; `name` itself where absolute."""
+    """image_dir/name, or `name` beside `path` where it exists there alone; `name` itself where absolute."""
     beside = Path(path).parent / name  # an absolute name stays itself: pathlib drops the left side
     inside = Path(image_dir) / name if image_dir else beside
     return str(beside if beside.exists() and not inside.exists() else inside)
@@ -286,14 +296,9 @@ def _gold(where, items):
         )
     out = []
     for item in items:
-        if not (
-            isinstance(item, list | tuple)
-            and len(item) == 5
-            and all(isinstance(x, str) and x.strip() for x in item)
-        ):
-            raise InputError(
-                f"{where}: quintuple {json.dumps(item, ensure_ascii=False)[:80]}, expected five non-empty strings"
-            )
+        if as_item(item) is None:
+            shown = json.dumps(item, ensure_ascii=False)[:80]
+            raise InputError(f"{where}: quintuple {shown}, expected five non-empty strings")
         q = quintuple(*item)
         for label, known in ((q.head_type, TYPES), (q.tail_type, TYPES), (q.relation, RELATIONS)):
             if label not in known:

@@ -163,11 +163,7 @@ def _from_quintuples(path, number, row):
         raise InputError(
             f"{path}:{number}: expected 'responses' (ours) or a list of 'quintuples' [[e1, t1, e2, t2, r], …]"
         )
-    good = [
-        q
-        for q in items
-        if isinstance(q, list) and len(q) == 5 and all(isinstance(x, str) and x.strip() for x in q)
-    ]
+    good = [item for item in map(common.as_item, items) if item]
     parsed, malformed = bool(good) or not items, len(items) - len(good)
     counts = Counter(
         responses=1,

@@ -419,11 +419,11 @@ def test_a_run_where_nothing_is_left(data):
     ],
 )
 def test_leaks(cot, text, phrase):
-    assert select.leaked(cot, text) == phrase
+    assert common.leaked(cot, text) == phrase
 
 
 def test_scores_are_integers_in_range():
-    assert select.parse_scores("**R1**: 2, **R2**: 1, **R3**: 0, **R4**: 1, **R5**: 1, **R6**: 2") == (
+    assert common.parse_scores("**R1**: 2, **R2**: 1, **R3**: 0, **R4**: 1, **R5**: 1, **R6**: 2") == (
         2,
         1,
         0,
@@ -432,9 +432,9 @@ def test_scores_are_integers_in_range():
         2,
     )
     assert (
-        select.parse_scores("R1=2 R2=2 R3=2 R4=1 R5=1 R6=2\nno:\nR1=0 R2=0 R3=0 R4=0 R5=0 R6=0") == (0,) * 6
+        common.parse_scores("R1=2 R2=2 R3=2 R4=1 R5=1 R6=2\nno:\nR1=0 R2=0 R3=0 R4=0 R5=0 R6=0") == (0,) * 6
     )  # the last counts
-    assert select.parse_scores("- R1: 2/2\n- R2: 1/2\n- R3: 0/2\n- R4: 1/1\n- R5: 1/1\n- R6: 2/2") == (
+    assert common.parse_scores("- R1: 2/2\n- R2: 1/2\n- R3: 0/2\n- R4: 1/1\n- R5: 1/1\n- R6: 2/2") == (
         2,
         1,
         0,
@@ -450,7 +450,7 @@ def test_scores_are_integers_in_range():
         "R1=2 R2=2 R3=2 R4=1 R5=1 R6=12",
         "0.9",
     ):
-        assert select.parse_scores(text) is None, text
+        assert common.parse_scores(text) is None, text
     row = {"status": "ok", "response": "R1=2 R2=2 R3=1 R4=1 R5=1 R6=0"}
     assert (
         select.judge_scores(row, Fraction("0.7"))[1] is None
@@ -465,7 +465,7 @@ def test_hide_answer():
         + "\nThus (Josh Gordon, per, Browns, org, member of) holds, and [A (b), c, org, D, loc, locate_at] too.\n"
         + "- [X, per, Y, org, member of]\nJosh Gordon plays, in short, for the Browns."
     )
-    hidden = select.hide_answer(cot, gold)
+    hidden = common.hide_answer(cot, gold)
     assert "member of" not in hidden and "locate" not in hidden and "[X" not in hidden
     assert hidden.endswith("Josh Gordon plays, in short, for the Browns.") and hidden.startswith(
         "Image Description"

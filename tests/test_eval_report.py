@@ -102,7 +102,10 @@ def test_the_page_holds_the_run(report):
 
 
 def test_the_page_loads_nothing_and_data_stays_data(report):
-    page, template = report.read_text(encoding="utf-8"), (ROOT / "lib" / "report.html").read_text(encoding="utf-8")
+    page, template = (
+        report.read_text(encoding="utf-8"),
+        (ROOT / "lib" / "report.html").read_text(encoding="utf-8"),
+    )
     assert (
         page.count("<script") == template.count("<script") == 2
         and page.count("<img") == template.count("<img") == 0

@@ -342,7 +342,15 @@ def test_sft_then_grpo_then_eval(arch, tiny, world, tmp_path):
         1e-3,
     )
     _, stdout, _ = run_script(
-        "04_grpo.py", "--model", model, "--adapter", out / "best", *grpo_data, "--out", tmp_path / "grpo", ranks=2
+        "04_grpo.py",
+        "--model",
+        model,
+        "--adapter",
+        out / "best",
+        *grpo_data,
+        "--out",
+        tmp_path / "grpo",
+        ranks=2,
     )
     rows = rows_of(tmp_path / "grpo" / "metrics.jsonl")
     assert (

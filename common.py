@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import unicodedata
+from collections import Counter
 from typing import NamedTuple
 
 import Levenshtein
@@ -466,38 +467,55 @@ def parse_scores(text):
 # ------------------------------------------------------------------------------------------------ rewards (Eq. 2–5)
 
 
-class Reward(NamedTuple):
-    total: float  # accuracy + α·partial + β·format
-    accuracy: float  # Eq. 2: 2c / (m + n), 0 … 1
-    partial: float  # Eq. 3–4: w / 5n + string similarity, 0 … 2
-    format: float  # Eq. 5: 1 if well formed
+# Each part is a pure function of a Response and the gold quintuples; 04_grpo.py adds them up (Eq. 5).
 
 
-def reward(text, gold, alpha=0.2, beta=0.1):
-    """The rule-based reward of one response to the reason prompt. SPEC §5.
+def answer_counts(response, gold):
+    """Whether the answer can earn accuracy and partial reward: it is well formed, every item is a quintuple, and it is
+    not empty where there is gold ("invalid quintuple structure is assigned a reward of zero")."""
+    return response.well_formed and not response.malformed and bool(response.quintuples or not gold)
+
+
+def accuracy_reward(response, gold):
+    """Eq. 2: 2c / (m + n), 0 … 1; m gold and n predicted quintuples, repeats counted, c the size of their multiset
+    intersection. Nothing to find and nothing said is 1 [ours].
+
+    >>> q = quintuple("A", "per", "B", "org", "peer")
+    >>> accuracy_reward(parse_response(format_response("x", [q])), [q, q])
+    0.6666666666666666
+    """
+    if not answer_counts(response, gold):
+        return 0.0
+    pred = response.quintuples
+    if not pred and not gold:
+        return 1.0
+    found = (Counter(pred) & Counter(gold)).total()
+    return 2 * found / (len(gold) + len(pred))
+
+
+def partial_reward(response, gold):
+    """Eq. 3 and 4: w / 5n + 1 − ED(Ŷ, Y) / max(|Ŷ|, |Y|), 0 … 2; w of matched_components, ED the Levenshtein distance in
+    characters between the answer and the canonical gold answer.
 
     >>> gold = [quintuple("Josh Gordon", "per", "Browns", "org", "member of")]
-    >>> r = reward("<think>x</think><answer>[Josh Gordon, per, Browns, org, peer]</answer>", gold)
-    >>> [round(part, 6) for part in r]
-    [0.431429, 0.0, 1.657143, 1.0]
+    >>> answer = "<think>x</think><answer>[Josh Gordon, per, Browns, org, peer]</answer>"
+    >>> round(partial_reward(parse_response(answer), gold), 6)
+    1.657143
     """
-    response = parse_response(text)
-    if not response.well_formed:
-        return Reward(0.0, 0.0, 0.0, 0.0)
-    pred, gold = response.quintuples, tuple(gold)
-    if response.malformed or (
-        gold and not pred
-    ):  # "invalid quintuple structure is assigned a reward of zero"
-        return Reward(beta, 0.0, 0.0, 1.0)
-    found = sum(q in pred for q in gold)
-    accuracy = (
-        2 * found / (len(gold) + len(pred)) if gold or pred else 1.0
-    )  # [ours]: nothing to find, nothing said
-    components = matched_components(pred, gold) / (5 * len(pred)) if pred else 1.0
+    if not answer_counts(response, gold):
+        return 0.0
+    pred = response.quintuples
+    components = 1.0
+    if pred:
+        components = matched_components(pred, gold) / (len(Quintuple._fields) * len(pred))
     canonical = format_answer(gold)
     distance = Levenshtein.distance(response.answer, canonical)
-    partial = components + 1 - distance / max(len(response.answer), len(canonical))
-    return Reward(accuracy + alpha * partial + beta, accuracy, partial, 1.0)
+    return components + 1 - distance / max(len(response.answer), len(canonical))
+
+
+def format_reward(response):
+    """Eq. 5: 1 where the response is well formed, else 0."""
+    return float(response.well_formed)
 
 
 def matched_components(pred, gold):

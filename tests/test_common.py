@@ -6,7 +6,7 @@ import time
 
 import pytest
 from conftest import DATA, needs_data
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import common
@@ -61,10 +61,7 @@ def test_every_real_quintuple_survives_format_and_parse():
                     True,
                 )
             assert '["' not in answer  # the plain form is enough for every real name
-            assert (
-                common.reward(common.format_response("x", example.quintuples), example.quintuples).accuracy
-                == 1
-            )
+            assert common.accuracy_reward(reasoned, example.quintuples) == 1
             seen += len(example.quintuples)
     assert seen == 5767
 
@@ -412,13 +409,16 @@ def test_prompts_hold_what_the_paper_says():
     ],
 )
 def test_reward_by_hand(text, gold, expected):
-    assert common.reward(text, gold) == pytest.approx(expected, abs=1e-6)
+    response = common.parse_response(text)
+    accuracy, partial = common.accuracy_reward(response, gold), common.partial_reward(response, gold)
+    form = common.format_reward(response)
+    total = accuracy + 0.2 * partial + 0.1 * form
+    assert (total, accuracy, partial, form) == pytest.approx(expected, abs=1e-6)
 
 
-def test_weights_of_the_parts():
-    text = think("[Josh Gordon, per, Browns, org, peer]")
-    assert common.reward(text, GOLD, alpha=0, beta=0).total == 0
-    assert common.reward(text, GOLD, alpha=1, beta=0).total == pytest.approx(1.657143, abs=1e-6)
+def test_repeated_gold_never_lifts_accuracy_above_one():
+    response = common.parse_response(think(common.format_answer(GOLD)))
+    assert common.accuracy_reward(response, GOLD * 2) == 2 / 3
 
 
 few = st.builds(Quintuple, *[st.sampled_from("ab")] * 5)
@@ -435,14 +435,19 @@ def test_matched_components_equals_brute_force(pred, gold):
     assert common.matched_components(pred, gold) == best
 
 
+Q = common.quintuple("A", "per", "B", "org", "peer")
+
+
 @given(st.lists(quintuples, max_size=3), st.lists(quintuples, max_size=3))
+@example([Q], [Q, Q])  # repeated gold, which once gave an accuracy above 1
+@example([Q, Q], [Q, Q])
 @settings(max_examples=200, deadline=None)
 def test_reward_stays_in_range_and_is_highest_for_gold(pred, gold):
-    r, best = (
-        common.reward(think(common.format_answer(pred)), gold),
-        common.reward(think(common.format_answer(gold)), gold),
-    )
-    assert 0 <= r.accuracy <= 1 and 0 <= r.partial <= 2 and r.format == 1 and r.total <= best.total + 1e-9
+    response = common.parse_response(think(common.format_answer(pred)))
+    perfect = common.parse_response(think(common.format_answer(gold)))
+    assert 0 <= common.accuracy_reward(response, gold) <= 1 == common.accuracy_reward(perfect, gold)
+    assert 0 <= common.partial_reward(response, gold) <= 2 == common.partial_reward(perfect, gold)
+    assert common.format_reward(response) == 1
 
 
 # ------------------------------------------------------------------------------------------------ metrics

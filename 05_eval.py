@@ -265,7 +265,8 @@ def predict(args, examples, known, out):
                     )
                     for example, samples in zip(batch, answers, strict=True):
                         responses = [
-                            {"text": s.text, "finished": s.finished, "tokens": len(s.ids)} for s in samples
+                            {"text": s.text, "finished": s.finished, "tokens": len(s.completion_ids)}
+                            for s in samples
                         ]
                         row = {
                             **data.to_row(example, part),

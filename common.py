@@ -6,8 +6,10 @@ Imports neither torch nor transformers, so that 01 and 02 run on a laptop with o
     m  gold quintuples of one example        n  predicted quintuples, repeats counted
 """
 
+import argparse
 import functools
 import json
+import math
 import os
 import re
 import sys
@@ -35,6 +37,52 @@ class Stopped(Exception):
 def first_line(error):
     """The first line of what `error` says, at most 200 characters."""
     return str(error).strip().split("\n")[0][:200]
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with a script's docstring and every default in --help, and one line, from one rank, where an argument is wrong."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
+
+    def error(self, message):
+        message = re.sub(r"^argument (\S+): ", r"\1 ", message)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {message} (--help tells all arguments)", file=sys.stderr, flush=True)
+        sys.exit(InputError.exit_code)
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):
+        if action.default in (None, False, argparse.SUPPRESS) or action.default == []:
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
+def at_least(bound, number=int):
+    """An argparse type: a finite `number` not below `bound`."""
+
+    def parse(text):
+        value = number(text)
+        if not bound <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text}: expected at least {bound}")
+        return value
+
+    parse.__name__ = number.__name__  # argparse names it where `text` is no number
+    return parse
+
+
+def above(bound, number=float):
+    """An argparse type: a finite `number` above `bound`."""
+
+    def parse(text):
+        value = number(text)
+        if not bound < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text}: expected a number above {bound}")
+        return value
+
+    parse.__name__ = number.__name__
+    return parse
 
 
 def exit_codes(main):

@@ -205,7 +205,7 @@ def measure_ours(job, args, shared_prefix):
 
     def logps_of(prompts, samples, i):
         return rollout.completion_logps(
-            model, prompts[i : i + 1], [[s.ids for s in samples[i]]], 1.0, shared_prefix
+            model, prompts[i : i + 1], [[s.completion_ids for s in samples[i]]], 1.0, shared_prefix
         )
 
     def step(tokens, clock):

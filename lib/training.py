@@ -1,4 +1,5 @@
-"""What 03 and 04 share of training: ranks, arguments, engine, schedule, batches, validation, curves. Knows no loss."""
+"""What 03 and 04 share of training: ranks, arguments, engine, schedule, batches, validation, curves. Knows no
+loss."""
 
 import argparse
 import functools
@@ -13,6 +14,7 @@ import sys
 import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -20,14 +22,16 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import common
-from common import InputError, Stopped
+from common import InputError, Stopped, above, at_least
 from lib import data, rollout, vlm
 
-# ------------------------------------------------------------------------------------------------ ranks
+# -------------------------------------------------------------------------------- ranks
 
 
 @dataclass(frozen=True)
 class Ranks:
+    """The processes of this run: this one's number, how many there are, and the device it computes on."""
+
     rank: int
     world: int
     device: torch.device
@@ -47,47 +51,56 @@ class Ranks:
             dist.all_reduce(total)
         return total.tolist()
 
+    def sum_by_name(self, numbers):
+        """{name: number}, the same names on every rank → {name: sum over ranks}."""
+        return dict(zip(numbers, self.sum(*numbers.values()), strict=True))
+
     def gather(self, value):
         """Every rank's picklable value, in rank order, on every rank."""
+        if self.world == 1:
+            return [value]
         values = [None] * self.world
-        if self.world > 1:
-            dist.all_gather_object(values, value)
-        return values if self.world > 1 else [value]
+        dist.all_gather_object(values, value)
+        return values
 
     @contextmanager
     def together(self):
-        """Inside, each rank works alone: no collectives. What one raises ends all of them with that cause, and none waits for it."""
+        """All ranks fail together. Inside, each works alone, without collectives; what one raises ends all of
+        them with that cause, and none waits for it."""
         fault = None
         try:
             yield
         except Exception as error:  # KEEP: whatever it is, the other ranks must hear of it
             if self.world == 1:
                 raise
-            if not isinstance(error, (InputError, Stopped)):
-                traceback.print_exc()
-            fault = (
-                (str(error), 2)
-                if isinstance(error, InputError)
-                else (common.first_line(f"{type(error).__name__}: {error}"), 3)
-            )
+            if isinstance(error, InputError):
+                fault = str(error), InputError.exit_code
+            else:
+                if not isinstance(error, Stopped):
+                    traceback.print_exc()
+                fault = common.first_line(f"{type(error).__name__}: {error}"), Stopped.exit_code
         faults = self.gather(fault)
         rank = next((rank for rank, fault in enumerate(faults) if fault), None)
         if rank is None:
             return
         text, code = faults[rank]
         if not self.main:
-            sys.exit(code)  # rank 0 says why
-        raise (InputError if code == 2 else Stopped)(f"rank {rank}: {text}" if rank else text)
+            sys.exit(code)  # rank 0 prints the message; this rank only ends with the same exit code
+        raise (InputError if code == InputError.exit_code else Stopped)(
+            f"rank {rank}: {text}" if rank else text
+        )
 
 
-def setup(distributed=False):
-    """Device and ranks as the launcher set them; plain `python` is one rank. distributed: make a process group even for one (DeepSpeed)."""
+def setup(distributed=False, hours=None):
+    """Ranks as the launcher set them; plain `python` is one. distributed: make a process group even for one
+    (DeepSpeed).
+
+    hours: how long a rank may wait for the others before it gives up [NCCL's own default: ten minutes].
+    """
     cuda = torch.cuda.is_available()
-    rank, world, local = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if world == 1 and distributed and "MASTER_ADDR" not in os.environ:
@@ -98,60 +111,73 @@ def setup(distributed=False):
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
         )
     if (world > 1 or distributed) and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        timeout = timedelta(hours=hours) if hours else None
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", device_id=device if cuda else None, timeout=timeout
+        )
     return Ranks(rank, world, device)
 
 
-# ------------------------------------------------------------------------------------------------ arguments and engine
+# -------------------------------------------------------------------------------- arguments
+
+
+def add_io_arguments(parser, data, out):
+    """Where a training run reads and writes; data, out: the script's own defaults."""
+    group = parser.add_argument_group("io")
+    group.add_argument("--data", default=data, help="training examples, in any of the three formats [ours]")
+    group.add_argument(
+        "--image-dir", default="data/img", help="folder of the images, or beside the file [ours]"
+    )
+    group.add_argument("--out", default=out, help="folder of the run [ours]")
+    group.add_argument(
+        "--val", default="data/val.json", help="validation examples, in any format [paper App. A]"
+    )
+    group.add_argument(
+        "--no-val", action="store_true", help="no validation: best/ is the last state [ours: off]"
+    )
+    group.add_argument(
+        "--skip-bad", action="store_true", help="drop bad rows and images, with a count [ours: stop]"
+    )
+    group.add_argument(
+        "--merge-repeats", action="store_true", help="join rows of the same text and image [ours: as in V2]"
+    )
+    group.add_argument("--limit", type=at_least(1), help="train on the first N examples [ours: all]")
 
 
 def add_training_arguments(parser, epochs, lr, warmup_ratio, schedule, provenance):
-    """The arguments that 03 and 04 share, in the order of every script; `provenance` tells where their defaults come from."""
+    """The other arguments that 03 and 04 share; `provenance` tells where these defaults come from."""
     group = parser.add_argument_group("validation")
+    group.add_argument("--eval-every", type=above(0), default=1.0, help="epochs between validations [ours]")
     group.add_argument(
-        "--val",
-        help="validation examples in any of the three formats; absent: best/ is the last state [paper App. A]",
+        "--patience", type=at_least(1), help="stop after N validations without a better F1 [ours: never]"
     )
+    group.add_argument("--eval-limit", type=at_least(1), help="validate on the first N examples [ours: all]")
+    group.add_argument("--max-new-tokens", type=at_least(1), default=2048, help="longest response [paper §4]")
     group.add_argument(
-        "--eval-every",
-        type=float,
-        default=1.0,
-        help="epochs between validations [ours: the paper keeps the best checkpoint]",
-    )
-    group.add_argument(
-        "--patience",
-        type=int,
-        help="stop after this many validations in succession without a better F1 [ours: never]",
-    )
-    group.add_argument("--eval-limit", type=int, help="validate on the first N examples [ours: all]")
-    group.add_argument("--max-new-tokens", type=int, default=2048, help="longest response [paper §4]")
-    group.add_argument(
-        "--eval-rows",
-        type=int,
-        default=64,
-        help="responses decoded together in validation [ours: fits 48 GB]",
+        "--eval-rows", type=at_least(1), default=64, help="responses decoded together [ours: fits 48 GB]"
     )
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=float, default=epochs, help=f"passes over --data [{provenance}]")
-    group.add_argument("--lr", type=float, default=lr, help=f"peak learning rate of AdamW [{provenance}]")
+    group.add_argument("--epochs", type=above(0), default=epochs, help=f"passes over --data [{provenance}]")
+    group.add_argument("--lr", type=above(0), default=lr, help=f"peak learning rate of AdamW [{provenance}]")
     group.add_argument(
         "--warmup-ratio",
-        type=float,
+        type=share,
         default=warmup_ratio,
-        help=f"share of the steps spent warming up [{provenance}]",
+        help=f"share of the steps that warm up [{provenance}]",
+    )
+    schedules = ("cosine", "linear", "constant")
+    group.add_argument("--schedule", choices=schedules, default=schedule, help="after the warm-up [ours]")
+    group.add_argument(
+        "--weight-decay", type=at_least(0, float), default=0.0, help="of AdamW [upstream default]"
     )
     group.add_argument(
-        "--schedule",
-        choices=("cosine", "linear", "constant"),
-        default=schedule,
-        help="after the warm-up [ours: not in the paper]",
-    )
-    group.add_argument("--weight-decay", type=float, default=0.0, help="of AdamW [upstream default]")
-    group.add_argument(
-        "--clip", type=float, default=1.0, help="largest gradient norm; 0 clips nothing [upstream default]"
+        "--clip",
+        type=at_least(0, float),
+        default=1.0,
+        help="largest gradient norm; 0: none [upstream default]",
     )
     group.add_argument(
-        "--batch-size", type=int, default=2, help="prompts a rank and step, or micro-step [paper App. A]"
+        "--batch-size", type=at_least(1), default=2, help="prompts a rank and (micro-)step [paper App. A]"
     )
     group.add_argument(
         "--gradient-checkpointing",
@@ -161,41 +187,71 @@ def add_training_arguments(parser, epochs, lr, warmup_ratio, schedule, provenanc
     )
     group = parser.add_argument_group("logging and checkpoints")
     group.add_argument(
-        "--save-every",
-        type=int,
-        default=50,
-        help="steps between two states of OUT/last [ours: minutes, not hours, are lost]",
+        "--save-every", type=at_least(1), default=50, help="steps between two states of OUT/last [ours]"
     )
     group.add_argument(
-        "--stop-after",
-        type=int,
-        help="stop, saved, after this step of the schedule; the same command goes on [ours: for tests]",
+        "--stop-after", type=at_least(1), help="stop, saved, after this step [ours: for tests]"
     )
     group.add_argument(
-        "--fresh",
-        action="store_true",
-        help="delete what OUT holds of an earlier run [ours: off, a run goes on]",
+        "--fresh", action="store_true", help="delete an earlier run in OUT [ours: a run goes on]"
     )
     group = parser.add_argument_group("runtime")
-    group.add_argument("--seed", type=int, default=0, help="of data order, LoRA and sampling [ours: 0]")
+    group.add_argument("--seed", type=int, default=0, help="of data order, LoRA and sampling [ours]")
     group.add_argument(
         "--dtype",
-        choices=("auto", "bf16", "fp32"),
+        choices=("auto", *vlm.DTYPES),
         default="auto",
         help="auto: as ds_zero2.json says on a GPU, fp32 on CPU [ours]",
     )
+    settings = Path(__file__).parent.parent / "ds_zero2.json"
     group.add_argument(
-        "--ds-config",
-        default=str(Path(__file__).parent.parent / "ds_zero2.json"),
-        help="DeepSpeed's settings [paper App. A: ZeRO-2]",
+        "--ds-config", default=str(settings), help="DeepSpeed's settings [paper App. A: ZeRO-2]"
     )
+    group.add_argument("--timeout", type=above(0), default=6.0, help="hours a rank waits for another [ours]")
     group.add_argument(
         "--local_rank", "--local-rank", type=int, default=-1, help="set by the deepspeed launcher"
     )
 
 
+def share(text):
+    """An argparse type: a number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a share, 0 to 1")
+    return value
+
+
+def load_splits(args, need, rows, made_by=data.RELEASE):
+    """--data and --val → two lists of Example, every image looked at. Raises InputError.
+
+    need: fields every row of --data must have; rows: of one update, over all ranks; made_by: where --data
+    comes from.
+    """
+    if args.patience and args.no_val:
+        raise InputError("--patience needs --val: without a validation F1 nothing can stop improving")
+    data.existing("--data", args.data, made_by)
+    if not args.no_val:
+        data.existing("--val", args.val, f"{data.RELEASE}; --no-val trains without")
+    options = {"skip_bad": args.skip_bad, "merge_repeats": args.merge_repeats}
+    train = data.load_examples(args.data, args.image_dir, need=need, **options)[: args.limit]
+    if rows > len(train):
+        raise InputError(
+            f"one update takes {rows} rows over all ranks, --data has {len(train)}: "
+            "lower --batch-size or --grad-accum"
+        )
+    train = data.check_images(train, args.skip_bad)
+    if args.no_val:
+        return train, []
+    val = data.load_examples(args.val, args.image_dir, need=("quintuples",), **options)[: args.eval_limit]
+    return train, data.check_images(val, args.skip_bad)
+
+
+# -------------------------------------------------------------------------------- engine
+
+
 def read_ds_config(args, ranks):
-    """(DeepSpeed's settings, dtype): args.dtype resolved against ds_zero2.json and the device."""
+    """(DeepSpeed's settings, dtype): args.dtype resolved against ds_zero2.json and the device. Raises
+    InputError."""
     try:
         config = json.loads(Path(args.ds_config).read_text())
     except (OSError, ValueError) as error:
@@ -204,8 +260,9 @@ def read_ds_config(args, ranks):
         raise InputError(
             f'--ds-config {args.ds_config}: holds "auto", which only the HF Trainer fills in: write the value'
         )
-    wanted = config.get("bf16", {}).get("enabled", False) and ranks.device.type == "cuda"
-    bf16 = wanted if args.dtype == "auto" else args.dtype == "bf16"
+    bf16 = args.dtype == "bf16"
+    if args.dtype == "auto":
+        bf16 = config.get("bf16", {}).get("enabled", False) and ranks.device.type == "cuda"
     return config | {"bf16": {"enabled": bf16}}, vlm.DTYPES["bf16" if bf16 else "fp32"]
 
 
@@ -213,69 +270,32 @@ def make_engine(model, args, config, micro_steps):
     """DeepSpeed's engine for the trainable parameters. `micro_steps` backward() + step() make one update."""
     import deepspeed
 
+    adamw = {"lr": args.lr, "weight_decay": args.weight_decay, "torch_adam": True}
     config = config | {
         "train_micro_batch_size_per_gpu": args.batch_size,
         "gradient_accumulation_steps": micro_steps,
         "gradient_clipping": args.clip,  # absent, DeepSpeed clips at 1.0 silently
-        "optimizer": {
-            "type": "AdamW",
-            "params": {"lr": args.lr, "weight_decay": args.weight_decay, "torch_adam": True},
-        },
+        "optimizer": {"type": "AdamW", "params": adamw},
         "steps_per_print": 10**9,
     }
-    for name in (
-        "tensorboard",
-        "csv_monitor",
-    ):  # DeepSpeed's own default is a folder below the working directory
-        if config.get(name, {}).get("enabled"):
-            config[name] = {"output_path": str(Path(args.out) / "monitor"), "job_name": name} | config[name]
+    # DeepSpeed's own default is a folder below the working directory
+    if config.get("tensorboard", {}).get("enabled"):
+        where = {"output_path": str(Path(args.out) / "monitor"), "job_name": "tensorboard"}
+        config["tensorboard"] = where | config["tensorboard"]
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainable = [parameter for parameter in vlm.check_lora(model).parameters() if parameter.requires_grad]
     engine = deepspeed.initialize(
         model=model, model_parameters=trainable, config=config, dist_init_required=False
     )[0]
-    # DeepSpeed's own exclude_frozen_parameters keeps one of two tied weights: the whole head in every checkpoint
-    engine.module_state_dict = lambda **_: {
-        name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad
-    }
+
+    def adapter_state(**_):
+        return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+
+    # DeepSpeed's own exclude_frozen_parameters keeps one of two tied weights: the whole head in every
+    # checkpoint
+    engine.module_state_dict = adapter_state
     return engine
-
-
-def check_arguments(args, rows=None, examples=None):
-    """Numbers that would fail, or mean something else, hours later. rows: of one update, over all ranks. Raises InputError."""
-    least = {
-        "batch_size": 1,
-        "grad_accum": 1,
-        "save_every": 1,
-        "max_new_tokens": 1,
-        "eval_rows": 1,
-        "patience": 1,
-        "group_size": 2,
-    }
-    least |= {
-        "lora_rank": 1,
-        "limit": 1,
-        "eval_limit": 1,
-        "stop_after": 1,
-        "log_samples_every": 1,
-        "clip": 0,
-        "warmup_ratio": 0,
-        "kl_coef": 0,
-    }
-    for name, bound in least.items():
-        value = getattr(args, name, None)
-        if value is not None and not value >= bound:
-            raise InputError(f"--{name.replace('_', '-')} {value}: expected at least {bound}")
-    for name in ("epochs", "lr", "eval_every", "temperature"):
-        if hasattr(args, name) and not 0 < getattr(args, name) < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a number above 0")
-    if args.patience and not args.val:
-        raise InputError("--patience needs --val: without a validation F1 nothing can stop improving")
-    if rows and rows > examples:
-        raise InputError(
-            f"one update takes {rows} rows over all ranks, --data has {examples}: lower --batch-size or --grad-accum"
-        )
 
 
 def zero_loss(model):
@@ -283,32 +303,61 @@ def zero_loss(model):
     return sum(parameter.sum() for parameter in model.parameters() if parameter.requires_grad) * 0.0
 
 
-# ------------------------------------------------------------------------------------------------ schedule and batches
+def fingerprint(model):
+    """A number that changes when any trainable weight does."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return math.fsum(parameter.detach().double().abs().sum().item() for parameter in trainable)
+
+
+def peak_memory():
+    """MiB: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+# -------------------------------------------------------------------------------- schedule and batches
+
+
+def count_steps(args, examples, rows):
+    """→ (updates in all, updates between two validations); rows: examples of one update. The last update may
+    run over."""
+    total = math.ceil(int(examples * args.epochs) / rows)
+    return total, max(1, round(examples * args.eval_every / rows))
 
 
 def seed_step(seed, step, rank):
-    """What still draws from torch's own generator in a step (LoRA dropout) depends on (seed, step, rank) alone."""
-    torch.manual_seed(
-        int.from_bytes(hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()[:8], "big") >> 1
-    )
+    """What still draws from torch's own generator in a step (LoRA dropout) depends on (seed, step, rank)
+    alone."""
+    digest = hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def lr_at(step, total, args):
-    """Learning rate of update `step` (from 0) of `total`: linear warm-up, then args.schedule; never 0, so no update is wasted."""
+    """Learning rate of update `step` (from 0) of `total`: linear warm-up, then args.schedule; never 0: no
+    update is wasted."""
     warmup = math.ceil(total * args.warmup_ratio)
     if step < warmup:
         return args.lr * (step + 1) / warmup
     done = (step - warmup) / max(1, total - warmup)
-    return (
-        args.lr
-        * {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[args.schedule]
-    )
+    left = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    return args.lr * left[args.schedule]
+
+
+def set_learning_rate(engine, step, total, args):
+    """Give the optimiser the rate of update `step`, and return it."""
+    lr = lr_at(step, total, args)
+    for parameters in engine.optimizer.param_groups:
+        parameters["lr"] = lr
+    return lr
 
 
 def batch_indices(n, size, step, seed):
-    """Indices of step's batch: the epochs' permutations of range(n), one after the other, cut into pieces of `size`.
+    """Indices of step's batch: the epochs' permutations of range(n), one after the other, cut into pieces of
+    `size`.
 
-    A function of (seed, epoch) alone: nothing to save, no row dropped, and 2 ranks × B see what 1 rank × 2B sees.
+    A function of (seed, epoch) alone: nothing to save, no row dropped, and 2 ranks × B see what 1 rank × 2B
+    sees.
     """
     indices = []
     for position in range(step * size, (step + 1) * size):
@@ -322,25 +371,13 @@ def _permutation(n, seed, epoch):
     return random.Random(f"{seed}:{epoch}").sample(range(n), n)
 
 
-def fingerprint(model):
-    """A number that changes when any trainable weight does."""
-    return math.fsum(p.detach().double().abs().sum().item() for p in model.parameters() if p.requires_grad)
+# -------------------------------------------------------------------------------- validation
 
 
-def peak_memory():
-    """MiB: of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-# ------------------------------------------------------------------------------------------------ validation
-
-
-def validate(model, processor, examples, prompt, ranks, args):
+def validate(model, processor, examples, ranks, args):
     """Greedy answers to `examples`, shared out over the ranks → (scores of common.score, answers as rows)."""
     mine = examples[ranks.rank :: ranks.world]
-    items = [(common.PROMPTS[prompt].format(text=example.text), example.image) for example in mine]
+    items = [(common.PROMPTS[args.prompt].format(text=example.text), example.image) for example in mine]
     was_training = model.training
     model.eval()  # KEEP: generation in train() under gradient checkpointing is silently wrong
     bar = tqdm(
@@ -351,51 +388,52 @@ def validate(model, processor, examples, prompt, ranks, args):
             model, processor, items, 1, args.max_new_tokens, 0.0, batch_rows=args.eval_rows, progress=bar
         )
     model.train(was_training)
-    rows = [
-        {"id": example.id, "response": sample.text, "finished": sample.finished}
-        for example, [sample] in zip(mine, samples)
-    ]
-    rows = {row["id"]: row for part in ranks.gather(rows) for row in part}
+    rows = {}
+    for example, [sample] in zip(mine, samples, strict=True):
+        rows[example.id] = {"id": example.id, "response": sample.text, "finished": sample.finished}
+    for part in ranks.gather(rows):
+        rows |= part
     rows = [rows[example.id] for example in examples]
-    pred = [common.parse_response(row["response"], direct=prompt == "direct").quintuples for row in rows]
+    direct = args.prompt == "direct"
+    pred = [common.parse_response(row["response"], direct).quintuples for row in rows]
     return common.score(pred, [example.quintuples for example in examples]), rows
 
 
-def validate_and_keep(run, model, processor, val, prompt, step, ranks, args):
-    """Validate, keep best/ → the row's validation fields. Without a validation set the newest state is the best."""
+def validate_and_keep(run, model, processor, val, step, ranks, args):
+    """Validate, keep best/ → the row's validation fields. Without a validation set the newest state is the
+    best."""
     if not val:
-        run.keep_best(model, processor, prompt, step, run.state["best"] + 1)
+        run.keep_best(model, processor, step, run.state["best"] + 1)
         return {}
-    scores, rows = validate(model, processor, val, prompt, ranks, args)
+    scores, rows = validate(model, processor, val, ranks, args)
     with ranks.together():
         if ranks.main:
-            data.write_atomic(
-                run.out / "validation" / f"step-{step}.jsonl", "".join(map(data.jsonl_line, rows))
-            )
-    run.keep_best(model, processor, prompt, step, scores["jmere"]["f1"])
+            lines = "".join(map(data.jsonl_line, rows))
+            data.write_atomic(run.out / "validation" / f"step-{step}.jsonl", lines)
+    run.keep_best(model, processor, step, scores[common.HEADLINE]["f1"])
     return {f"val_{name}_f1": values["f1"] for name, values in scores.items()}
 
 
 def draw_curves(out):
-    """OUT/curves.png from metrics.jsonl: reward and its parts, loss, KL, length, validation F1, as far as the run logs them."""
+    """OUT/curves.png from metrics.jsonl: the reward and its parts, loss, KL, length, validation F1, as far as
+    they are there."""
     from matplotlib.figure import Figure  # here: only training needs it, and pyplot's global state nobody
 
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    panels = (
-        ("reward", "accuracy", "partial", "format"),
-        ("loss",),
-        ("kl",),
-        ("length",),
-        ("val_jmere_f1", "val_mner_f1"),
-    )
-    panels = [
-        kept for panel in panels if (kept := [name for name in panel if any(name in row for row in rows)])
-    ]
+    rows = [row for _, row in data.read_jsonl(out / "metrics.jsonl")]
+    # of the reward, by the names that 04 gave them
+    parts = [name for name in rows[0] if f"{name}_std" in rows[0]]
+    panels = []
+    for panel in (parts, ["loss"], ["kl"], ["length"], ["val_jmere_f1", "val_mner_f1"]):
+        names = [name for name in panel if any(name in row for row in rows)]
+        if names:
+            panels.append(names)
     figure = Figure(figsize=(7, 2.2 * len(panels)), layout="constrained")
-    for axes, panel in zip(figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0], panels):
-        for name in panel:
+    grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, names in zip(grid, panels, strict=True):
+        for name in names:
             points = [(row["step"], row[name]) for row in rows if name in row]
-            axes.plot(*zip(*points), label=name, marker="." if len(points) < 50 else None)
+            steps, values = zip(*points, strict=True)
+            axes.plot(steps, values, label=name, marker="." if len(points) < 50 else None)
         axes.legend(loc="best", fontsize=8)
         axes.grid(alpha=0.3)
     axes.set_xlabel("step")

@@ -24,8 +24,11 @@ def stage(name):
 
 
 def run_script(*command, ranks=None, fails=False, env=None):
-    """Run a script as the README says, alone or through the deepspeed launcher → (exit code, stdout, stderr)."""
-    command = [str(part) for part in command]
+    """Run a script as the README says, alone or through the deepspeed launcher → (exit code, stdout, stderr).
+
+    command: words, or several in one string.
+    """
+    command = " ".join(map(str, command)).split()
     if ranks:
         port = 29500 + os.getpid() % 1000
         command = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(port), *command]

@@ -572,7 +572,8 @@ class FakeVlm(types.SimpleNamespace):
         self.items += items
         text = [respond(common.format_answer([GOLD]), think=f"key {key}") for key in keys]
         return [
-            [types.SimpleNamespace(text=f"{t}", ids=[1, 2], finished=True) for _ in range(n)] for t in text
+            [types.SimpleNamespace(text=f"{t}", completion_ids=[1, 2], finished=True) for _ in range(n)]
+            for t in text
         ]
 
 
@@ -824,7 +825,7 @@ def test_a_real_model_predicts_the_same_on_any_number_of_ranks(tiny, small_world
     model, processor = vlm.load(tiny)
     torch.manual_seed(1)
     model = vlm.add_lora(model, 4, 8)
-    vlm.save_adapter(model, processor, tmp_path / "adapter", "direct")
+    vlm.save_adapter(model, processor, tmp_path / "adapter", "direct", "")
     common_args = [
         "--model",
         tiny,

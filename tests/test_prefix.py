@@ -66,7 +66,8 @@ def loss_and_gradients(model, logps, mask):
     generator = torch.Generator().manual_seed(2)
     advantages = torch.randn(len(logps), generator=generator)
     ref_logps = logps.detach() + 0.3 * torch.randn(logps.shape, generator=generator)
-    loss, _ = stage("04_grpo").grpo_loss(logps, ref_logps, advantages, mask, 0.1)
+    weights = mask / mask.sum(1, keepdim=True) / len(mask)
+    loss, _ = stage("04_grpo").grpo_loss(logps, logps.detach(), ref_logps, advantages, weights, 0.1)
     loss.backward()
     return loss.detach(), torch.cat([p.grad.flatten().float() for p in model.parameters() if p.requires_grad])
 
@@ -240,7 +241,7 @@ def test_greedy_tokens_equal_generate(loaded, static):
             expected = model.generate(**inputs, max_new_tokens=80, **plain)[
                 0, inputs["input_ids"].shape[1] :
             ].tolist()
-            assert [sample.ids for sample in samples] == [expected, expected]
+            assert [sample.completion_ids for sample in samples] == [expected, expected]
     finally:
         config._attn_implementation = vlm.SHARED_PREFIX
 
@@ -253,17 +254,21 @@ def test_sampled_tokens_equal_a_loop_without_cache(loaded, static, monkeypatch):
     monkeypatch.setattr(vlm, "stop_ids", lambda *_: list(range(0, 120)))
     prompts = vlm.encode(model, processor, [*items, items[0]])
     groups = rollout.sample(model, processor, prompts, 4, 20, 1.0, keys=["a", "b", "c"], static=static)
-    lengths = {len(sample.ids) for group in groups for sample in group}
-    assert len(lengths) > 3 and all(s.finished == (s.ids[-1] < 120) for group in groups for s in group)
+    lengths = {len(sample.completion_ids) for group in groups for sample in group}
+    assert len(lengths) > 3 and all(
+        s.finished == (s.completion_ids[-1] < 120) for group in groups for s in group
+    )
     base = vlm.base_model(model)
     for prompt, key, group in zip(prompts, "abc", groups):
         noise = rollout.uniforms(4, 20, key)
         for row, sample in enumerate(group):
-            for step, token in enumerate(sample.ids):
+            for step, token in enumerate(sample.completion_ids):
                 embeds = torch.cat(
                     [
                         prompt.embeds,
-                        base.get_input_embeddings()(torch.tensor(sample.ids[:step], dtype=torch.long)),
+                        base.get_input_embeddings()(
+                            torch.tensor(sample.completion_ids[:step], dtype=torch.long)
+                        ),
                     ]
                 )
                 positions = torch.cat([prompt.positions, vlm.response_positions(prompt, step)], 1)[None]
@@ -290,7 +295,7 @@ def test_a_disabled_adapter_samples_the_base(loaded, tiny):
     with model.disable_adapter():
         ours = rollout.generate(model, processor, items, max_new_tokens=12, temperature=0.0)
     theirs = rollout.generate(plain, processor, items, max_new_tokens=12, temperature=0.0)
-    assert [s.ids for [s] in ours] == [s.ids for [s] in theirs]
+    assert [s.completion_ids for [s] in ours] == [s.completion_ids for [s] in theirs]
 
 
 # ------------------------------------------------------------------------------------------------ 04
@@ -326,9 +331,12 @@ def test_split_group_has_the_gradient_of_the_whole(loaded):
         total, rows = 0.0, grpo.pack_rows([len(prompts[0].embeds)], [lengths], limit)
         for _, row in rows:
             logps, _, mask = rollout.completion_logps(model, prompts, [[ids[i] for i in row]])
-            loss, _ = grpo.grpo_loss(logps, ref_logps[row, : logps.shape[1]], advantages[row], mask, 0.1)
-            (loss * len(row) / 3).backward()
-            total += loss.item() * len(row) / 3
+            weights = [grpo.token_weight(lengths[i], len(lengths), sum(lengths)) for i in row]
+            weights = torch.tensor(weights)[:, None] * mask
+            ref = ref_logps[row, : logps.shape[1]]
+            loss, _ = grpo.grpo_loss(logps, logps.detach(), ref, advantages[row], weights, 0.1)
+            loss.backward()
+            total += loss.item()
         return len(rows), total, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
     one, loss, whole = gradient(None)
@@ -344,10 +352,10 @@ REWARDS = """
 import importlib, sys
 import common
 grpo = importlib.import_module("04_grpo")
-def reward(text, gold, alpha, beta):  # differs within every group but one
-    total = 0.5 if str(gold) == {constant!r} else sum(map(ord, text)) % 7 / 7
-    return real(text, gold, alpha, beta)._replace(total=total)
-real, common.reward = common.reward, reward
+def reward(sample, example, args):  # differs within every group but one
+    same = str(example.quintuples) == {constant!r}
+    return real(sample, example, args) | {{"reward": 0.5 if same else sum(map(ord, sample.text)) % 7 / 7}}
+real, grpo.reward = grpo.reward, reward
 sys.exit(grpo.main(grpo.parse_args()))
 """
 
@@ -356,41 +364,19 @@ def test_every_way_to_compute_an_update_gives_the_same(tiny, world, tmp_path):
     """Shared, plain, and on two ranks split into rows with the constant group left out, so that one rank has more to do."""
     constant = str(data.load_examples(world / "train.jsonl")[0].quintuples)
     (tmp_path / "grpo.py").write_text(REWARDS.format(constant=constant))
-    arguments = (
-        "--model",
-        tiny("qwen2_5_vl"),
-        "--data",
-        world / "train.jsonl",
-        "--limit",
-        4,
-        "--epochs",
-        1,
-        "--lora-rank",
-        4,
+    shared = (
+        f"--only-rl --model {tiny('qwen2_5_vl')} --data {world}/train.jsonl --no-val --limit 4 --epochs 1"
     )
+    shared += " --lora-rank 4 --group-size 3 --max-new-tokens 8"
     ways = {
-        "shared": (("--batch-size", 4), None),
-        "plain": (("--batch-size", 4, "--no-shared-prefix"), None),
-        "split": (
-            ("--batch-size", 2, "--skip-constant-groups", "--pack-tokens", 150, "--gradient-checkpointing"),
-            2,
-        ),
+        "shared": ("--batch-size 4", None),
+        "plain": ("--batch-size 4 --no-shared-prefix", None),
+        "split": ("--batch-size 2 --skip-constant-groups --pack-tokens 150 --gradient-checkpointing", 2),
     }
     rows = {}
     for name, (options, ranks) in ways.items():
         out = tmp_path / name
-        run_script(
-            tmp_path / "grpo.py",
-            *arguments,
-            "--group-size",
-            3,
-            "--max-new-tokens",
-            8,
-            *options,
-            "--out",
-            out,
-            ranks=ranks,
-        )
+        run_script(tmp_path / "grpo.py", shared, options, "--out", out, ranks=ranks)
         [rows[name]] = [row for _, row in data.read_jsonl(out / "metrics.jsonl")]
     first = rows["shared"]
     assert (

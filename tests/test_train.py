@@ -52,6 +52,13 @@ def trl_loss(logps, ref_logps, advantages, mask, kl_coef):
     return GRPOTrainer._compute_loss(trainer, None, inputs)
 
 
+def weights_of(mask):
+    """04's weights of all tokens of one batch. mask [N, C] → [N, C]."""
+    lengths = mask.sum(1).tolist()
+    rows = [grpo.token_weight(length, len(mask), sum(lengths)) for length in lengths]
+    return torch.tensor(rows)[:, None] * mask
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_loss_and_gradient_equal_trl(seed):
     torch.manual_seed(seed)
@@ -60,29 +67,35 @@ def test_loss_and_gradient_equal_trl(seed):
     logps = (-torch.rand(n, length) * 3).requires_grad_()
     ref_logps, rewards = -torch.rand(n, length) * 3, torch.rand(groups, size)
     mask = torch.arange(length)[None] < torch.randint(1, length + 1, (n, 1))
-    advantages = (
-        (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
+    deviation = rewards.std(1, keepdim=True)
+    theirs = (
+        (rewards - rewards.mean(1, keepdim=True)) / (deviation + 1e-4)
     ).flatten()  # as TRL computes them
-    torch.testing.assert_close(grpo.group_advantages(rewards).flatten(), advantages, rtol=1e-5, atol=1e-6)
-    loss, _ = grpo.grpo_loss(logps, ref_logps, grpo.group_advantages(rewards).flatten(), mask, kl_coef)
+    advantages = grpo.group_advantages(rewards).flatten()
+    torch.testing.assert_close(advantages, theirs, rtol=1e-5, atol=1e-6)
+    loss, _ = grpo.grpo_loss(logps, logps.detach(), ref_logps, advantages, weights_of(mask), kl_coef)
     [gradient] = torch.autograd.grad(loss, logps)
-    theirs = trl_loss(logps, ref_logps, advantages, mask, kl_coef)
-    [their_gradient] = torch.autograd.grad(theirs, logps)
-    torch.testing.assert_close(loss, theirs, rtol=1e-5, atol=1e-6)
+    their_loss = trl_loss(logps, ref_logps, theirs, mask, kl_coef)
+    [their_gradient] = torch.autograd.grad(their_loss, logps)
+    torch.testing.assert_close(loss, their_loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient, their_gradient, rtol=1e-5, atol=1e-7)
 
 
 def test_loss_by_hand():
-    logps, ref = (
-        torch.tensor([[math.log(0.5), -9.0]], requires_grad=True),
-        torch.tensor([[math.log(0.25), 5.0]]),
-    )
-    mask = torch.tensor([[True, False]])
-    loss, metrics = grpo.grpo_loss(logps, ref, torch.tensor([2.0]), mask, 0.1)
+    logps = torch.tensor([[math.log(0.5), -9.0]], requires_grad=True)
+    ref_logps = torch.tensor([[math.log(0.25), 5.0]])
+    weights = torch.tensor([[1.0, 0.0]])
+    loss, kl = grpo.grpo_loss(logps, logps.detach(), ref_logps, torch.tensor([2.0]), weights, 0.1)
     k3 = 0.5 - math.log(0.5) - 1
-    assert metrics["kl"] == pytest.approx(k3) and loss.item() == pytest.approx(-(2 - 0.1 * k3))
+    assert kl.item() == pytest.approx(k3) and loss.item() == pytest.approx(-(2 - 0.1 * k3))
     loss.backward()
     assert logps.grad[0, 0].item() == pytest.approx(-(2 - 0.1 * (1 - 0.5))) and logps.grad[0, 1] == 0
+
+
+def test_token_weights_sum_to_one():
+    mask = torch.arange(5)[None] < torch.tensor([[5], [1], [3]])
+    assert weights_of(mask).sum().item() == pytest.approx(1)
+    assert weights_of(mask)[1, 0].item() == pytest.approx(1 / 3)
 
 
 def test_advantages_by_hand_and_constant_groups():
@@ -97,21 +110,21 @@ def test_advantages_by_hand_and_constant_groups():
 
 
 def test_metrics_row_by_hand():
-    good, bad = common.Reward(1.5, 1.0, 2.0, 1.0), common.Reward(0.0, 0.0, 0.0, 0.0)
-    sample = rollout.Sample("", [1, 2, 3], True)
-    rewards, samples = (
-        [[good, bad], [good, good]],
-        [[sample, rollout.Sample("", [1], False)], [sample, sample]],
-    )
-    row = grpo.metrics_row(grpo.summarise(rewards, samples))
-    assert (
-        row["reward"] == 4.5 / 4
-        and row["accuracy"] == 0.75
-        and row["format"] == 0.75
-        and row["constant_groups"] == 0.5
-    )
+    good = {"reward": 1.5, "accuracy": 1.0, "own part": 2.0}
+    bad = {"reward": 0.0, "accuracy": 0.0, "own part": 0.0}
+    long, short = rollout.Sample("", [1, 2, 3], True), rollout.Sample("", [1], False)
+    sums = grpo.summarise([[good, bad], [good, good]], [[long, short], [long, long]])
+    assert sums["responses"] == 4 and sums["tokens"] == 10
+    row = grpo.metrics_row(sums)
+    assert row["reward"] == 4.5 / 4 and row["accuracy"] == 0.75 and row["own part"] == 1.5
     assert row["reward_std"] == pytest.approx(torch.tensor([1.5, 0, 1.5, 1.5]).std(correction=0).item())
-    assert row["length"] == 2.5 and row["cut_off"] == 0.25
+    assert row["constant_groups"] == 0.5 and row["length"] == 2.5 and row["cut_off"] == 0.25
+
+
+def test_a_part_may_not_take_the_name_of_a_metric():
+    sums = grpo.summarise([[{"reward": 1.0, "length": 2.0}]], [[rollout.Sample("", [1], True)]])
+    with pytest.raises(AssertionError, match="a part named length"):
+        grpo.metrics_row(sums)
 
 
 # ------------------------------------------------------------------------------------------------ data order, schedule
@@ -169,7 +182,7 @@ def test_greedy_tokens_equal_generate(loaded):
             repetition_penalty=1.0,
             temperature=None,
         )
-        assert out[0, inputs["input_ids"].shape[1] :].tolist() == sample.ids
+        assert out[0, inputs["input_ids"].shape[1] :].tolist() == sample.completion_ids
 
 
 def test_logps_equal_the_plain_forward(loaded):
@@ -217,12 +230,12 @@ def test_a_response_depends_on_its_key_alone(loaded):
     alone = rollout.generate(
         model, processor, items[1:], n=3, max_new_tokens=8, temperature=1.0, keys=["b"], batch_rows=1
     )
-    assert [s.ids for s in together[1]] == [s.ids for s in alone[0]]
-    assert len({tuple(s.ids) for s in together[0]}) > 1
+    assert [s.completion_ids for s in together[1]] == [s.completion_ids for s in alone[0]]
+    assert len({tuple(s.completion_ids) for s in together[0]}) > 1
     parts = rollout.generate(
         model, processor, items[1:], n=3, max_new_tokens=8, temperature=1.0, keys=["b"], batch_rows=2
     )
-    assert [s.ids for s in parts[0]] == [s.ids for s in alone[0]]
+    assert [s.completion_ids for s in parts[0]] == [s.completion_ids for s in alone[0]]
 
 
 def test_sampling_follows_the_distribution():
@@ -300,67 +313,29 @@ def rows_of(path):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_sft_then_grpo_then_eval(arch, tiny, world, tmp_path):
-    lora = ("--lora-rank", 8, "--lora-alpha", 16)
     model, out = tiny(arch), tmp_path / "sft"
-    val = ("--val", world / "val.jsonl", "--max-new-tokens", 12)
+    val = f"--val {world}/val.jsonl --max-new-tokens 12"
+    lora = "--lora-rank 8 --lora-alpha 16"
     run_script(
-        "03_sft.py",
-        "--model",
-        model,
-        "--data",
-        world / "sft.jsonl",
-        *val,
-        "--out",
-        out,
-        "--epochs",
-        1,
-        "--lr",
-        1e-3,
-        *lora,
+        f"03_sft.py --model {model} --data {world}/sft.jsonl {val} --out {out} --epochs 1 --lr 1e-3 {lora}"
     )
     rows = rows_of(out / "metrics.jsonl")
-    assert (
-        [row["step"] for row in rows] == list(range(1, 9))
-        and rows[-1]["loss"] < rows[0]["loss"]
-        and "val_jmere_f1" in rows[-1]
-    )
-    assert (
-        vlm.adapter_prompt(out / "best") == "reason"
-        and json.loads((out / "config.json").read_text())["lora_rank"] == 8
-    )
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert rows[-1]["loss"] < rows[0]["loss"] and "val_jmere_f1" in rows[-1]
+    assert vlm.adapter_prompt(out / "best") == "reason"
+    assert json.loads((out / "config.json").read_text())["lora_rank"] == 8
+    card = (out / "best" / "README.md").read_text()
+    assert f"base_model: {model}" in card and "data_sha256" in card and "More Information Needed" not in card
 
-    grpo_data = (
-        "--data",
-        world / "train.jsonl",
-        "--group-size",
-        4,
-        "--epochs",
-        0.5,
-        "--max-new-tokens",
-        12,
-        "--lr",
-        1e-3,
-    )
-    _, stdout, _ = run_script(
-        "04_grpo.py",
-        "--model",
-        model,
-        "--adapter",
-        out / "best",
-        *grpo_data,
-        "--out",
-        tmp_path / "grpo",
-        ranks=2,
-    )
+    options = "--no-val --group-size 4 --epochs 0.5 --max-new-tokens 12 --lr 1e-3"
+    adapter = f"--adapter {out}/best"  # the base model is the adapter's
+    command = f"04_grpo.py {adapter} --data {world}/train.jsonl {options} --out {tmp_path}/grpo"
+    _, stdout, _ = run_script(command, ranks=2)
     rows = rows_of(tmp_path / "grpo" / "metrics.jsonl")
-    assert (
-        [row["step"] for row in rows] == [1, 2]
-        and rows[0]["kl"] == 0
-        and {"reward", "entropy", "cut_off", "grad_norm"} <= set(rows[0])
-    )
-    assert (
-        len(rows_of(tmp_path / "grpo" / "samples.jsonl")) == 2 * 2 * 4
-    )  # ranks × prompts × group, at the first step
+    assert [row["step"] for row in rows] == [1, 2] and rows[0]["kl"] == 0
+    assert {"reward", "entropy", "cut_off", "grad_norm"} <= set(rows[0])
+    samples = rows_of(tmp_path / "grpo" / "samples.jsonl")  # of the first step
+    assert len(samples) == 2 * 2 * 4  # ranks × prompts × group
     assert "2 ranks" in stdout
 
     # plain transformers + peft read the folder and write the same text
@@ -381,19 +356,8 @@ def test_sft_then_grpo_then_eval(arch, tiny, world, tmp_path):
         repetition_penalty=1.0,
     )
     text = processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    ev = ("--max-new-tokens", 12, "--temperature", 0)
-    run_script(
-        "05_eval.py",
-        "--model",
-        model,
-        "--adapter",
-        out / "best",
-        "--data",
-        world / "test.jsonl",
-        "--out",
-        tmp_path / "test",
-        *ev,
-    )
+    command = f"05_eval.py --model {model} {adapter} --data {world}/test.jsonl --out {tmp_path}/test"
+    run_script(command, "--max-new-tokens 12 --temperature 0")
     first = rows_of(tmp_path / "test" / "predictions.jsonl")[0]
     assert first["id"] == example.id and first["responses"][0]["text"] == text
 
@@ -402,107 +366,74 @@ def test_merge_writes_one_model_and_proves_it(tiny, tmp_path):
     model, processor = vlm.load(str(tiny("llava")))
     model = vlm.add_lora(model, 4, 8)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(
-                parameter, std=0.1
-            )  # B starts at 0: an adapter that was never trained is refused
-    vlm.save_adapter(model, processor, tmp_path / "best", "reason")
-    merge = (
-        "05_eval.py",
-        "--model",
-        tiny("llava"),
-        "--adapter",
-        tmp_path / "best",
-        "--merge",
-        tmp_path / "merged",
-    )
-    _, stdout, _ = run_script(*merge)
+        if "lora_B" in name:  # B starts at 0: an adapter that was never trained is refused
+            torch.nn.init.normal_(parameter, std=0.1)
+    vlm.save_adapter(model, processor, tmp_path / "best", "reason", "")
+    merge = f"05_eval.py --model {tiny('llava')} --adapter {tmp_path}/best --merge {tmp_path}/merged"
+    _, stdout, _ = run_script(merge)
     assert "merged in float32" in stdout and "allowed 1e-04" in stdout
     assert (tmp_path / "merged" / "model.safetensors").exists()
-    code, _, stderr = run_script(*merge, fails=True)
+    code, _, stderr = run_script(merge, fails=True)
     assert code == 2 and "exists already" in stderr
 
 
-def test_only_rl_and_answer_sft(tiny, world, tmp_path):
-    model, lora = tiny("qwen2_5_vl"), ("--lora-rank", 4, "--lora-alpha", 8)
-    data = ("--data", world / "train.jsonl", "--limit", 4, "--epochs", 1, "--batch-size", 1)
-    run_script(
-        "04_grpo.py",
-        "--model",
-        model,
-        *data,
-        "--out",
-        tmp_path / "rl",
-        "--group-size",
-        2,
-        "--max-new-tokens",
-        8,
-        *lora,
-    )
+def test_only_rl_and_the_answer_alone(tiny, world, tmp_path):
+    """GRPO from the base; SFT on the answer alone, and GRPO from there: the adapter decides which prompt."""
+    model = f"--model {tiny('qwen2_5_vl')}"
+    lora = "--lora-rank 4 --lora-alpha 8"
+    options = f"--data {world}/train.jsonl --no-val --limit 4 --epochs 1 --batch-size 1"
+    sampling = "--group-size 2 --max-new-tokens 8"
+    run_script(f"04_grpo.py --only-rl {model} {options} --out {tmp_path}/rl {sampling} {lora}")
     assert rows_of(tmp_path / "rl" / "metrics.jsonl")[0]["kl"] == 0
-    run_script(
-        "03_sft.py",
-        "--model",
-        model,
-        *data,
-        "--out",
-        tmp_path / "sft",
-        "--target",
-        "answer",
-        "--grad-accum",
-        2,
-        *lora,
-        ranks=2,
-    )
+    sft = f"03_sft.py {model} {options} --out {tmp_path}/sft --target answer --grad-accum 2 {lora}"
+    run_script(sft, ranks=2)
     assert [row["step"] for row in rows_of(tmp_path / "sft" / "metrics.jsonl")] == [1]
     assert vlm.adapter_prompt(tmp_path / "sft" / "best") == "direct"
-    code, _, stderr = run_script(
-        "04_grpo.py",
-        "--model",
-        model,
-        "--adapter",
-        tmp_path / "sft" / "best",
-        *data,
-        "--out",
-        tmp_path / "no",
-        fails=True,
-    )
-    assert code == 2 and "trained with the direct prompt" in stderr
+    run_script(f"04_grpo.py --adapter {tmp_path}/sft/best {options} --out {tmp_path}/direct {sampling}")
+    assert vlm.adapter_prompt(tmp_path / "direct" / "best") == "direct"
+
+
+def test_reward_follows_the_prompt():
+    gold = (common.quintuple("A", "per", "B", "org", "peer"),)
+    example = data.Example("i", "t", "x.png", gold, {})
+    for prompt, text in (
+        ("direct", "[A, per, B, org, peer]"),
+        ("reason", common.format_response("so", gold)),
+    ):
+        args = SimpleNamespace(prompt=prompt, alpha=0.2, beta=0.1)
+        parts = grpo.reward(rollout.Sample(text, [1], True), example, args)
+        assert parts == {"reward": pytest.approx(1.5), "accuracy": 1, "partial": 2, "format": 1}
+        args.prompt = "reason" if prompt == "direct" else "direct"
+        assert grpo.reward(rollout.Sample(text, [1], True), example, args)["reward"] == 0
 
 
 def test_bad_input_is_one_line(tiny, world, tmp_path):
-    model, data = tiny("llava"), world / "train.jsonl"
-    (tmp_path / "gone.jsonl").write_text(json.dumps({**rows_of(data)[0], "image": "gone.png"}) + "\n")
+    good = rows_of(world / "train.jsonl")[0]
+    unlabelled = {name: value for name, value in good.items() if name != "quintuples"}
+    (tmp_path / "gone.jsonl").write_text(json.dumps({**good, "image": "gone.png"}) + "\n")
     (tmp_path / "broken.jsonl").write_text("{broken\n")
-    (tmp_path / "no_gold.jsonl").write_text(
-        json.dumps({k: v for k, v in rows_of(data)[0].items() if k != "quintuples"}) + "\n"
-    )
-    base = {"--model": model, "--data": data, "--out": tmp_path / "out"}
+    (tmp_path / "no_gold.jsonl").write_text(json.dumps(unlabelled) + "\n")
+    model, train = f"--model {tiny('llava')}", f"--data {world}/train.jsonl"
     wrong = [
-        ("03_sft.py", {"--data": tmp_path / "gone.jsonl", "--target": "answer"}, "no such file"),
-        ("03_sft.py", {"--data": tmp_path / "broken.jsonl"}, "broken.jsonl:1: not JSON"),
-        ("03_sft.py", {}, "train.jsonl:1: missing 'cot' (made by 01_distill.py)"),
-        ("04_grpo.py", {"--data": tmp_path / "no_gold.jsonl"}, "no_gold.jsonl:1: missing 'quintuples'"),
-        ("04_grpo.py", {"--model": tmp_path / "nothing"}, "not a model folder, nor a hub model"),
-        ("04_grpo.py", {"--adapter": world}, "no adapter_config.json in it"),
-        ("04_grpo.py", {"--group-size": 1}, "--group-size 1: expected at least 2"),
-        (
-            "04_grpo.py",
-            {"--val": tmp_path / "none.jsonl"},
-            "none.jsonl: cannot read (No such file or directory)",
-        ),
+        (f"03_sft.py {model} --data {tmp_path}/gone.jsonl --target answer", "no such file"),
+        (f"03_sft.py {model} --data {tmp_path}/broken.jsonl", "broken.jsonl:1: not JSON"),
+        (f"03_sft.py {model} {train}", "train.jsonl:1: missing 'cot' (made by 01_distill.py)"),
+        (f"04_grpo.py --only-rl --data {tmp_path}/no_gold.jsonl", "no_gold.jsonl:1: missing 'quintuples'"),
+        (f"04_grpo.py --only-rl --model {tmp_path} {train}", "not a model folder, nor a hub model"),
+        (f"04_grpo.py --adapter {world} {train}", "no adapter_config.json in it"),
+        (f"04_grpo.py --adapter {world} --only-rl {train}", "--only-rl not allowed with argument --adapter"),
+        (f"04_grpo.py --only-rl {train} --group-size 1", "--group-size 1: expected at least 2"),
     ]
-    for script, change, message in wrong:
-        code, _, stderr = run_script(
-            script, *[part for pair in {**base, **change}.items() for part in pair], fails=True
-        )
+    for command, message in wrong:
+        options = f"--no-val --batch-size 1 --out {tmp_path}/out"
+        code, _, stderr = run_script(command, options, fails=True)
         errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
-        assert code == 2 and len(errors) == 1 and message in errors[0], (script, change, stderr)
+        assert code == 2 and len(errors) == 1 and message in errors[0], (command, stderr)
 
 
 def test_an_adapter_of_another_model_is_refused(tiny, tmp_path):
     model, processor = vlm.load(str(tiny("qwen2_5_vl")))
-    vlm.save_adapter(vlm.add_lora(model, 4, 8), processor, tmp_path / "best", "reason")
+    vlm.save_adapter(vlm.add_lora(model, 4, 8), processor, tmp_path / "best", "reason", "")
     other, _ = vlm.load(str(tiny("llava")))
     other.model.language_model.layers = other.model.language_model.layers[:2]
     with pytest.raises(InputError, match="does not fit this --model|do not fit this --model"):

@@ -192,9 +192,11 @@ def test_logps_equal_the_plain_forward(loaded):
     completions = [
         [[rng.choice(legal) for _ in range(length)] for length in lengths] for lengths in ((9, 1, 4), (2, 6))
     ]
-    logps, entropy, mask = rollout.completion_logps(
-        model, vlm.encode(model, processor, items), completions, temperature=0.7
-    )
+    prompts = vlm.encode(model, processor, items)
+    for prompt in prompts:
+        prompt.embeds.requires_grad_()  # the entropy comes with the gradient
+    logps, entropy, mask = rollout.completion_logps(model, prompts, completions, temperature=0.7)
+    logps = logps.detach()
     assert logps.shape == entropy.shape == mask.shape == (5, 9) and mask.sum(1).tolist() == [9, 1, 4, 2, 6]
     rows = iter(range(5))
     for item, group in zip(items, completions):

@@ -1,0 +1,246 @@
+"""Attention over a shared prefix: a prompt is computed and held once, whatever the number of its responses.
+
+Two layouts, handed to the decoder's attention (vlm): Packed, one row of real tokens, and Decoding, caches
+that grow a token at a time. Knows no sampling, no reward, no architecture.
+
+    B prompts   N responses   P prompt tokens   C completion tokens   L positions of a packed row
+    H heads   Hkv key/value heads   d head size   D hidden size
+"""
+
+import torch
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
+
+from lib import vlm
+
+
+class Packed:
+    """One row of real tokens, [prompt | c1 … cG] of each group behind the last. A response sees its prompt
+    and itself.
+
+    It needs no L × L mask: the prompt is causal over itself, each response is one causal block over [prompt,
+    itself].
+    groups: [(P, [C1 … CG])]. keep: hold keys and values so that decoding can continue from them.
+    """
+
+    def __init__(self, groups, keep=False):
+        self.groups = groups
+        self.kept = [] if keep else None  # a layer: (keys, values), each [1, Hkv, L, d]
+        self.masks = {}  # {(P, C): mask}, shared by the layers
+
+    def __call__(self, layer, query, key, value):
+        """query [1, H, L, d], key and value [1, Hkv, L, d] → [1, H, L, d]."""
+        if self.kept is not None:
+            self.kept.append((key, value))
+        outputs = []
+        start = 0
+        for size, lengths in self.groups:
+            end = start + size
+            prefix_key = key[:, :, start:end]
+            prefix_value = value[:, :, start:end]
+            q = query[:, :, start:end]
+            out = scaled_dot_product_attention(q, prefix_key, prefix_value, is_causal=True, enable_gqa=True)
+            outputs.append(out)
+            for length in lengths:
+                start = end
+                end = start + length
+                k = torch.cat([prefix_key, key[:, :, start:end]], 2)  # [1, Hkv, P + C, d]
+                v = torch.cat([prefix_value, value[:, :, start:end]], 2)
+                outputs.append(self._response(query[:, :, start:end], k, v))  # [1, H, C, d]
+            start = end
+        return torch.cat(outputs, 2)
+
+    def _response(self, query, key, value):
+        """query [1, H, C, d] of a response, key and value [1, Hkv, P + C, d] of prompt and response → [1, H,
+        C, d]."""
+        length = query.shape[2]
+        total = key.shape[2]
+        if query.is_cuda:  # no mask in memory, and flash attention can take it
+            bias = causal_lower_right(length, total)
+            return scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=True)
+        # the heads of one key/value head become rows of one product, so that keys are not repeated a head
+        heads = key.shape[1]
+        q = query.unflatten(1, (heads, -1))  # [1, Hkv, H/Hkv, C, d]
+        q = q.flatten(2, 3)
+        mask = self._mask(total - length, length, q)
+        out = scaled_dot_product_attention(q, key, value, attn_mask=mask)
+        out = out.unflatten(2, (-1, length))
+        return out.flatten(1, 2)
+
+    def _mask(self, size, length, query):
+        """[H/Hkv·C, P + C] additive: 0 on the prompt, causal on the response."""
+        if (size, length) not in self.masks:
+            causal = query.new_full((length, length), -torch.inf)
+            mask = pad(causal.triu(1), (size, 0))
+            repeats = query.shape[2] // length
+            self.masks[size, length] = mask.repeat(repeats, 1)
+        return self.masks[size, length]
+
+
+class Decoding:
+    """Caches of N responses that grow a token at a time: B prompts' keys and values, each held once, and
+    every response's own.
+
+    Scores of all responses to a prompt are one matrix product with its keys; one softmax goes over prompt and
+    response.
+
+        grid  responses laid out as [prompt, slot], with empty slots once some are done
+        slot  a response's place among those of its prompt
+        own   a response's keys and values, without its prompt's
+
+    kept: of a Packed pass over the prompts, [(keys, values)] a layer; it is emptied on the way, so that no
+    layer is held twice. sizes: [B] prompt lengths. n: responses a prompt. fixed_shapes: shapes stay as they
+    are from token to token, so that a CUDA graph can repeat them; places not yet filled are masked.
+    """
+
+    GROW = {False: 64, True: 256}  # tokens by which the caches grow; fixed shapes: a graph lives as long
+
+    def __init__(self, kept, sizes, n, fixed_shapes=False):
+        device = kept[0][0].device
+        lengths = torch.tensor(sizes, device=device)
+        places = torch.arange(max(sizes), device=device)
+        self.padding = places >= lengths[:, None]  # [B, P]
+        self.prefix = []  # a layer: [2, B, Hkv, P, d]
+        self.own = []  # a layer: [2, N, Hkv, C, d]
+        while kept:
+            key, value = kept.pop(0)
+            prefix = torch.stack([_by_prompt(key, sizes), _by_prompt(value, sizes)])
+            _, _, heads, _, size = prefix.shape
+            self.prefix.append(prefix)
+            self.own.append(prefix.new_empty(2, len(sizes) * n, heads, 0, size))
+        self.fixed_shapes = fixed_shapes
+        self.grow = self.GROW[fixed_shapes]
+        self.step = -1  # the response token being computed, from 0
+        self.at = lengths.new_full((1,), -1)  # the same, as a tensor that a graph can read
+        self.places = None  # fixed shapes: 0, 1, … of every place of the caches
+        prompts = torch.arange(len(sizes), device=device)
+        self._arrange(prompts.repeat_interleave(n))
+
+    def _arrange(self, owner):
+        """owner [N], ascending: each response's prompt. Sets slots and width of the grid."""
+        counts = owner.bincount()
+        before = counts.cumsum(0) - counts  # responses of earlier prompts
+        self.owner = owner
+        self.width = int(counts.max())
+        self.slot = torch.arange(len(owner), device=owner.device) - before[owner]
+        self.full = len(owner) == len(counts) * self.width
+
+    def _to_grid(self, x):
+        """[N, Hkv, r, …] → [B, Hkv, width·r, …]: lay the rows out as a grid, a line a prompt, so that one
+        matrix product serves all its responses; empty slots are 0."""
+        shape = (len(self.padding), self.width, *x.shape[1:])
+        if self.full:
+            grid = x.view(shape)
+        else:
+            grid = x.new_zeros(shape)
+            grid[self.owner, self.slot] = x
+        return grid.transpose(1, 2).flatten(2, 3)
+
+    def _from_grid(self, grid):
+        """[B, Hkv, width·r, …] → [N, Hkv, r, …]."""
+        grid = grid.unflatten(2, (self.width, -1))
+        grid = grid.transpose(1, 2)
+        return grid.flatten(0, 1) if self.full else grid[self.owner, self.slot]
+
+    def keep(self, rows):
+        """Drop all responses but `rows` (ascending indices), and prompts that have none left."""
+        self.own = [own[:, rows] for own in self.own]
+        alive, owner = self.owner[rows].unique(return_inverse=True)
+        if len(alive) < len(self.padding):
+            self.prefix = [prefix[:, alive] for prefix in self.prefix]
+            self.padding = self.padding[alive]
+        self._arrange(owner)
+
+    def advance(self):
+        """Make room for the next token. To be called before each decoder pass."""
+        self.step += 1
+        self.at.add_(1)
+        if self.step % self.grow == 0:
+            room = (0, 0, 0, self.grow)
+            self.own = [pad(own, room) for own in self.own]
+            size = self.own[0].shape[3]
+            self.places = torch.arange(size, device=self.at.device)
+
+    def __call__(self, layer, query, key, value):
+        """query [N, H, 1, d], key and value [N, Hkv, 1, d] → [N, H, 1, d]."""
+        own = self.own[layer]  # [2, N, Hkv, C, d]
+        own.index_copy_(3, self.at, torch.stack([key, value]))
+        if not self.fixed_shapes:
+            own = own[:, :, :, : self.step + 1]
+        own_key, own_value = own
+        prefix_key, prefix_value = self.prefix[layer]  # [B, Hkv, P, d]
+        scale = query.shape[-1] ** -0.5
+        query = query.unflatten(1, (key.shape[1], -1))  # [N, Hkv, H/Hkv, 1, d]
+        query = query.squeeze(3) * scale
+
+        to_prefix = self._to_grid(query) @ prefix_key.transpose(2, 3)  # [B, Hkv, width·H/Hkv, P]
+        to_prefix.masked_fill_(self.padding[:, None, None], -torch.inf)
+        to_prefix = self._from_grid(to_prefix)  # [N, Hkv, H/Hkv, P]
+        to_own = query @ own_key.transpose(2, 3)  # [N, Hkv, H/Hkv, C]
+        if self.fixed_shapes:
+            to_own.masked_fill_(self.places > self.at, -torch.inf)
+        weights = torch.cat([to_prefix, to_own], -1)
+        weights = weights.softmax(-1, dtype=torch.float32)
+        weights = weights.to(value.dtype)
+        to_prefix, to_own = weights.tensor_split([prefix_key.shape[2]], -1)
+        out = self._from_grid(self._to_grid(to_prefix) @ prefix_value)  # [N, Hkv, H/Hkv, d]
+        out += to_own @ own_value
+        return out.flatten(1, 2)[:, :, None]
+
+
+def _by_prompt(x, sizes):
+    """[1, Hkv, ΣP, d] → [B, Hkv, P, d], padded."""
+    parts = x[0].transpose(0, 1).split(sizes)
+    return pad_sequence(parts, batch_first=True).transpose(1, 2)
+
+
+def decoder(base, embeds, positions, layout):
+    """[N, L, D], [N, 3 or 1, L] → last hidden state [N, L, D] under a layout's attention."""
+    language_model = base.model.language_model
+    known = language_model.config._attn_implementation == vlm.SHARED_PREFIX
+    assert known, "the layout would be ignored: load the model with vlm.load"
+    outputs = language_model(
+        inputs_embeds=embeds,
+        attention_mask=embeds.new_zeros(1, 1, 1, 1),  # unused; with four dimensions transformers builds none
+        position_ids=vlm.as_rope(positions),
+        use_cache=False,
+        layout=layout,
+    )
+    return outputs.last_hidden_state
+
+
+def token(base, cache, tokens, position):
+    """[N] token ids, [N, 3 or 1, 1] → their last hidden state [N, D]; the cache (Decoding) takes them in."""
+    embeds = base.get_input_embeddings()(tokens[:, None])
+    return decoder(base, embeds, position, cache)[:, 0]
+
+
+class GraphedToken:
+    """token() in fixed shapes as a CUDA graph: captured anew where rows have left or the cache has grown,
+    else replayed."""
+
+    def __init__(self):
+        self.shape = None
+
+    def __call__(self, base, cache, tokens, position):
+        shape = len(tokens), cache.own[0].shape[3]
+        if self.shape != shape:
+            self.shape = shape
+            self._capture(base, cache, tokens, position)
+        self.tokens.copy_(tokens)
+        self.position.copy_(position)
+        self.graph.replay()
+        return self.hidden
+
+    def _capture(self, base, cache, tokens, position):
+        self.tokens = tokens.clone()
+        self.position = position.clone()
+        self.graph = torch.cuda.CUDAGraph()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.default_stream())
+        with torch.cuda.stream(side):  # a run before the capture, as CUDA graphs ask for
+            token(base, cache, self.tokens, self.position)
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(self.graph):
+            self.hidden = token(base, cache, self.tokens, self.position)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import common
 from common import InputError, at_least
-from lib import rollout, training, vlm
+from lib import checks, lora, rollout, training, vlm
 from lib.run import Run
 
 # B rows a rank and micro-step   C response tokens, the stop id included
@@ -73,9 +73,11 @@ def target_text(example, target):
     return common.format_response(example.row["cot"], example.quintuples)
 
 
-def target_ids(tokenizer, text, stop):
-    """Response tokens and the stop id: exactly these carry loss."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"] + [stop]
+def target_ids(processor, text, stop):
+    """Response tokens and the stop id: exactly these carry loss. A special token that the text spells stays
+    text."""
+    text = vlm.plain_text(processor, text)
+    return processor.tokenizer(text, add_special_tokens=False)["input_ids"] + [stop]
 
 
 def sft_loss(logps, completion_mask, batch_tokens):
@@ -89,11 +91,11 @@ def sft_loss(logps, completion_mask, batch_tokens):
 # -------------------------------------------------------------------------------- main
 
 
-def load_data(args, rows):
-    """→ (training examples, validation examples); rows: of one update, over all ranks. Raises InputError."""
+def load_data(args):
+    """→ (training examples, validation examples), images not looked at yet. Raises InputError."""
     if args.target == "answer":
-        return training.load_splits(args, ("quintuples",), rows)
-    train, val = training.load_splits(args, ("quintuples", "cot"), rows, made_by="made by 02_filter.py")
+        return training.load_splits(args, ("quintuples",))
+    train, val = training.load_splits(args, ("quintuples", "cot"), made_by="made by 02_filter.py")
     for example in train:
         if common.parse_cot(example.row["cot"]) is None:
             parts = ", ".join(common.COT_PARTS)
@@ -106,7 +108,7 @@ def load_data(args, rows):
 
 @common.exit_codes
 def main(args):
-    # 1. Data, model, engine
+    # 1. Data, model, engine; whatever would stop the run later stops it here
     ranks = training.setup(distributed=True, hours=args.timeout)
     torch.manual_seed(args.seed)  # KEEP: LoRA's A is drawn here, the same on every rank
     args.prompt = "reason" if args.target == "cot" else "direct"
@@ -114,11 +116,17 @@ def main(args):
     rows = rank_rows * ranks.world
     with ranks.together():
         config, dtype = training.read_ds_config(args, ranks)
-        train, val = load_data(args, rows)
-    run = Run(args, ranks)
+        train, val = load_data(args)
+        processor = vlm.load_processor(args.model, args.min_pixels, args.max_pixels)
+    train, val, content = checks.usable_splits(train, val, processor, dtype, args, ranks)
     with ranks.together():
-        model, processor = vlm.load(args.model, dtype, ranks.device)
-        model = vlm.add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout)
+        training.check_sizes(args, rows, len(train))
+    run = Run(args, ranks, content, rows)
+    with ranks.together():
+        model, _ = vlm.load(args.model, dtype, ranks.device, processor)
+    checks.prove(model, processor, train[0], args, ranks)
+    with ranks.together():
+        model = lora.add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout)
     stop = vlm.stop_ids(model, processor)[0]
     engine = training.make_engine(model, args, config, args.grad_accum)
 
@@ -143,7 +151,7 @@ def main(args):
         batch = [train[i] for i in training.batch_indices(len(train), rows, step, args.seed)[mine]]
         with ranks.together():
             texts = [target_text(example, args.target) for example in batch]
-            targets = [target_ids(processor.tokenizer, text, stop) for text in texts]
+            targets = [target_ids(processor, text, stop) for text in texts]
             template = common.PROMPTS[args.prompt]
             items = [(template.format(text=example.text), example.image) for example in batch]
             prompts = vlm.encode(model, processor, items)

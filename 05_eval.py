@@ -201,10 +201,10 @@ def prompt_length(example):
 
 def predict(args, examples, known, out):
     """Store --samples responses for each example that has none yet. → True on the rank that goes on to score."""
-    from lib import rollout, training, vlm  # torch lives there: scoring a stored file needs none of it
+    from lib import lora, rollout, training, vlm  # torch lives there: scoring a stored file needs none of it
 
     ranks, stack = training.setup(), contextlib.ExitStack()
-    own = vlm.adapter_prompt(args.adapter) if args.adapter else "direct"
+    own = lora.read_recipe(args.adapter).prompt if args.adapter else "direct"
     prompt = args.prompt or own
     if ranks.main and args.adapter and prompt != own:
         print(f"note: the adapter was trained with the {own} prompt, --prompt {prompt} overrides it")
@@ -238,7 +238,7 @@ def predict(args, examples, known, out):
             )
         if todo:
             model, processor = vlm.load(args.model, vlm.DTYPES[settings["dtype"]], ranks.device)
-            model = vlm.load_adapter(model, args.adapter) if args.adapter else model
+            model = lora.load_adapter(model, args.adapter) if args.adapter else model
             sampling = {
                 "max_new_tokens": args.max_new_tokens,
                 "temperature": args.temperature,

@@ -37,7 +37,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 from demo import make_base
-from lib import rollout, vlm
+from lib import lora, rollout, vlm
 
 WAYS = ("ours", "plain", "trl")
 PARTS = ("sampling", "reference", "policy")
@@ -198,7 +198,7 @@ def measure_ours(job, args, shared_prefix):
     grpo = importlib.import_module("04_grpo")
     model, processor = vlm.load(job["model"], vlm.DTYPES[args.dtype], args.device)
     torch.manual_seed(0)
-    model = vlm.add_lora(model, args.lora_rank, args.lora_rank).eval()
+    model = lora.add_lora(model, args.lora_rank, args.lora_rank).eval()
     items = make_items(processor, job["model"], job["B"], job["P"])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     vlm.stop_ids = lambda *_: [-1]  # responses of exactly C tokens
@@ -214,7 +214,7 @@ def measure_ours(job, args, shared_prefix):
             model, processor, prompts, job["G"], tokens, 1.0, static=args.static_cache
         )
         for i in range(len(prompts)):
-            with torch.no_grad(), vlm.reference(model):
+            with torch.no_grad(), lora.reference(model):
                 ref_logps, _, _ = clock.timed("reference", logps_of)(prompts, samples, i)
             logps, _, mask = logps_of(prompts, samples, i)
             advantages = grpo.group_advantages(torch.rand(1, job["G"], dtype=torch.float64))[0]
@@ -235,6 +235,7 @@ def measure_ours(job, args, shared_prefix):
 def measure_trl(job, args):
     import trl.trainer.utils
     from datasets import Dataset
+    from peft import LoraConfig
     from PIL import Image
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -291,11 +292,11 @@ def measure_trl(job, args):
         save_strategy="no",
         disable_tqdm=True,
     )
-    lora = vlm.LoraConfig(
-        r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=vlm.LORA_TARGETS, task_type="CAUSAL_LM"
+    config_lora = LoraConfig(
+        r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=lora.TARGETS, task_type="CAUSAL_LM"
     )
     trainer = GRPOTrainer(
-        model, reward, config, data, processing_class=processor, peft_config=lora, callbacks=[Watch()]
+        model, reward, config, data, processing_class=processor, peft_config=config_lora, callbacks=[Watch()]
     )
     found["base"] = settled_memory(model)
     trainer.train()

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 import common
 from common import InputError
-from lib import vlm
+from lib import lora, vlm
 
 
 def merge_adapter(name, adapter, out):
@@ -23,7 +23,7 @@ def merge_adapter(name, adapter, out):
     dtype = AutoConfig.from_pretrained(name).dtype or torch.float32
     tolerance = {torch.float32: 1e-4}.get(dtype, 5e-2)  # bf16 keeps 8 bits of each merged weight
     model, processor = vlm.load(name, dtype)
-    model = vlm.load_adapter(model, adapter)
+    model = lora.load_adapter(model, adapter)
     with tempfile.NamedTemporaryFile(suffix=".png") as image:
         Image.linear_gradient("L").convert("RGB").save(image.name)
         [prompt] = vlm.encode(
@@ -54,7 +54,7 @@ def merge_adapter(name, adapter, out):
     model.merge_and_unload().save_pretrained(fresh)
     processor.save_pretrained(fresh)
     (fresh / "jmere.json").write_text(
-        json.dumps({"prompt": vlm.adapter_prompt(adapter), "base": str(name)}) + "\n"
+        json.dumps({"prompt": lora.read_recipe(adapter).prompt, "base": str(name)}) + "\n"
     )
     difference = _distance(logits(vlm.load(str(fresh), dtype)[0]), wanted)
     if not difference <= tolerance:

@@ -1,7 +1,7 @@
 """OUT of a training run: lock, identity, resume, save, log, best (SPEC §7). Knows neither model nor loss."""
 
+import errno
 import fcntl
-import hashlib
 import json
 import math
 import os
@@ -12,33 +12,79 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-import common
-from common import InputError, Stopped
-from lib import data, training, vlm
+from common import InputError
+from lib import data, lora, state, training
+from lib.alarms import alarms
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
-OURS = ("best", "last", "validation", "monitor", "config.json", "curves.png", *LOGS)  # what --fresh deletes
-# arguments that two pieces of one run need not share
-MAY_DIFFER = ("fresh", "local_rank", "stop_after", "timeout")
+OURS = (
+    "best",
+    "last",
+    "validation",
+    "monitor",
+    "config.json",
+    "progress.json",
+    "curves.png",
+    "samples.html",
+    *LOGS,
+)
+# Arguments that two pieces of one run need not share: place, memory, speed, logging. What is read counts by
+# content.
+MAY_DIFFER = (
+    *(
+        "data",
+        "val",
+        "image_dir",
+        "out",
+        "model",
+        "adapter",
+        "ds_config",
+        "limit",
+        "eval_limit",
+        "merge_repeats",
+    ),
+    *(
+        "skip_bad",
+        "batch_size",
+        "grad_accum",
+        "eval_rows",
+        "rollout_rows",
+        "gradient_checkpointing",
+        "pack_tokens",
+    ),
+    *(
+        "shared_prefix",
+        "static_cache",
+        "save_every",
+        "log_samples_every",
+        "stop_after",
+        "fresh",
+        "timeout",
+        "local_rank",
+    ),
+    "dtype",
+)
 
 
 class Run:
     """OUT of a training run: config.json, metrics.jsonl, last/ (everything needed to go on), best/ (the
     adapter to use).
 
-    The same command on the same OUT goes on from last/; other arguments are refused unless --fresh. last/ is
-    a link to a complete state, exchanged atomically, so a kill at any moment leaves the old state or the new
-    one. With several nodes OUT must be on storage that all of them see.
+    The same command on the same OUT goes on from its newest whole state; what would change the result is
+    refused unless --fresh. A state is written beside the old one and marked as whole last, so a kill at any
+    moment leaves the old one or the new one; last/ is a link to it, where the file system has links. With
+    several nodes OUT must be on storage that all of them see.
 
     Signals: `kill -TERM $(cat OUT/.lock)` finishes the step, saves and ends all ranks with code 0, under the
-    launcher too. The launcher itself, stopped by Ctrl-C or SIGTERM, passes SIGTERM on, but kills what still
-    runs after 30 seconds and ends with code 1: a longer step is then lost, never last/.
+    launcher too; so do SIGINT and SIGUSR1. The launcher itself, stopped by Ctrl-C or SIGTERM, passes SIGTERM
+    on, but kills what still runs after 30 seconds and ends with code 1: a longer step is then lost, never
+    last/.
 
-    args: of 03 or 04, with `prompt` and `model` resolved. Raises InputError, on all ranks, where OUT cannot
-    be used.
+    args: of 03 or 04, with `prompt` and `model` resolved; content: {what: digest} of what is read; rows: of
+    one update, over all ranks. Raises InputError, on all ranks, where OUT cannot be used.
     """
 
-    def __init__(self, args, ranks):
+    def __init__(self, args, ranks, content, rows):
         self.out = Path(args.out)
         self.args = args
         self.ranks = ranks
@@ -51,14 +97,17 @@ class Run:
             "validations_without_gain": 0,
             "ended": False,
         }
+        self.rows = []  # of metrics.jsonl
+        self.alarmed = set()
+        chosen = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
+        self.identity = {"script": Path(sys.argv[0]).name, "rows_an_update": rows, **chosen, **content}
         with ranks.together():
             if ranks.main:
                 self._lock()
-                if args.fresh:
-                    self._delete_old_run()
-                self.config = self._identity()
-                self._refuse_other_run()
-        for number in (signal.SIGTERM, signal.SIGINT):
+                self._refuse_own_adapter()
+                if not args.fresh:
+                    self._refuse_other_run()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
 
     # ---------------------------------------------------------------- start
@@ -69,6 +118,15 @@ class Run:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.out / ".lock", "a+")  # noqa: SIM115, held as long as the run
+            self._take_lock()
+            self.lock.truncate(0)
+            self.lock.write(f"{os.getpid()}\n")
+            self.lock.flush()
+        except OSError as error:
+            raise InputError(f"--out {self.out}: cannot write there ({error.strerror})") from None
+
+    def _take_lock(self):
+        try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.lock.seek(0)
@@ -78,38 +136,36 @@ class Run:
                 "or choose another folder"
             ) from None
         except OSError as error:
-            raise InputError(f"--out {self.out}: cannot write there ({error.strerror})") from None
-        self.lock.truncate(0)
-        self.lock.write(f"{os.getpid()}\n")
-        self.lock.flush()
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+            warn(f"{self.out}: this file system has no locks: see to it that no second run writes there")
 
-    def _delete_old_run(self):
-        for path in self.out.iterdir():
-            if path.name not in OURS and not path.name.startswith(".step-"):
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-
-    def _identity(self):
-        """What must be the same in all pieces of a run: script, ranks, arguments, and files by content."""
-        config = {"script": Path(sys.argv[0]).name, "world": self.ranks.world}
-        config |= {name: value for name, value in vars(self.args).items() if name not in MAY_DIFFER}
-        return config | hashes(self.args)
+    def _refuse_own_adapter(self):
+        """A run whose best/ would take the place of the adapter that it starts from."""
+        adapter = getattr(self.args, "adapter", None)
+        if adapter and Path(adapter).resolve().is_relative_to(self.out.resolve()):
+            raise InputError(
+                f"--out {self.out}: holds --adapter {adapter}, which this run would replace: choose another"
+            )
 
     def _refuse_other_run(self):
-        known = self.out / "config.json"
-        if not known.exists() or not any(
-            (self.out / name).exists() for name in ("last", "best", "metrics.jsonl")
-        ):
+        """Where OUT holds a run, it must be this one."""
+        if not any((self.out / name).exists() for name in ("last", "best", "metrics.jsonl", "progress.json")):
             return  # a start that failed before its first step protects nothing
+        known = self.out / "config.json"
+        if not known.exists():
+            raise InputError(
+                f"--out {self.out}: holds a run without config.json: choose another folder, or --fresh"
+            )
         try:
-            old = json.loads(known.read_text())
-        except ValueError:
-            raise InputError(f"{known}: not JSON: mend it, or start anew with --fresh") from None
+            old = json.loads(known.read_text())["identity"]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(
+                f"{known}: not a configuration of this version: "
+                "choose another --out, or start anew with --fresh"
+            ) from None
         changed = []
-        for name, value in self.config.items():
+        for name, value in json.loads(json.dumps(self.identity)).items():
             if old.get(name) != value:
                 changed.append(f"{name} {old.get(name)!r} → {value!r}")
         if changed:
@@ -119,63 +175,95 @@ class Run:
             )
 
     def resume(self, engine, total):
-        """Load OUT/last where there is one → the steps still to do. Log files lose what came after it."""
+        """Load the newest whole state where there is one → the steps still to do. Log files lose what came
+        after it.
+
+        To be called when everything else is loaded: --fresh deletes the old run only here.
+        """
         self.monitor = engine.monitor
-        last = self.out / "last"
+        name = None
         with self.ranks.together():
             if self.ranks.main:
                 self._check_space(engine.module)
+                if self.args.fresh:
+                    self._delete_old_run()
+                name = self._find_state()
                 self._sweep()
-                config = json.dumps({**self.config, "versions": versions()}, indent=1)
-                data.write_atomic(self.out / "config.json", config + "\n")
-        # KEEP: on shared storage another rank may not see the new link yet, so all ranks use rank 0's answer
-        folder = self.ranks.gather(last.resolve().name if last.exists() else None)[0]
-        if folder:
-            _, saved = engine.load_checkpoint(str(self.out), tag=folder, load_module_strict=False)
+                config = {"script": self.identity["script"], "world": self.ranks.world, **vars(self.args)}
+                config |= {"identity": self.identity, "versions": versions()}
+                data.write_atomic(self.out / "config.json", json.dumps(config, indent=1) + "\n")
+        # KEEP: on shared storage another rank may not see the folder yet, so all ranks use rank 0's answer
+        name = self.ranks.gather(name)[0]
+        if name:
+            saved = state.load(engine, self.out / name, self.ranks)
             # DeepSpeed adds keys of its own, which it then refuses to save
             self.state = {name: saved[name] for name in self.state}
             if self.ranks.main:
-                print(f"going on from step {self.state['step']} of {last}", flush=True)
-        if self.ranks.main:
-            for name in LOGS:
-                self._cut(self.out / name)
+                print(f"going on from step {self.state['step']} of {self.out / name}", flush=True)
+        with self.ranks.together():
+            if self.ranks.main:
+                for log in LOGS:
+                    self._cut(self.out / log)
+                if (self.out / "metrics.jsonl").exists():
+                    self.rows = [row for _, row in data.read_jsonl(self.out / "metrics.jsonl")]
         self.ranks.barrier()
         return range(total if self.state["ended"] else self.state["step"], total)
 
     def _check_space(self, model):
         """Two states (the old one goes when the new one is whole) and two adapters must fit."""
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        state = 4 * trainable * 4  # weights, fp32 master weights, two moments
-        need = 2 * state + 2 * trainable * 4 + 2**24
+        size = 4 * trainable * 4  # weights, fp32 master weights, two moments
+        need = 2 * size + 2 * trainable * 4 + 2**24
         free = shutil.disk_usage(self.out).free
         if free < need:
             raise InputError(
                 f"--out {self.out}: {free / 2**20:.0f} MiB free, this run needs {need / 2**20:.0f}: make room"
             )
 
+    def _delete_old_run(self):
+        for path in self.out.iterdir():
+            if path.name not in OURS and not path.name.startswith("state-"):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def _find_state(self):
+        """The name of the newest whole state in OUT, or None where nothing was ever saved. Raises InputError
+        where what was saved is gone."""
+        name = state.newest(self.out)
+        progress = self.out / "progress.json"
+        if name is None and progress.exists():
+            step = json.loads(progress.read_text())["saved"]
+            raise InputError(
+                f"--out {self.out}: step {step} was saved there, but no whole state is left "
+                "(a copy without its state-* folders?): bring them back, or start anew with --fresh"
+            )
+        return name
+
     def _sweep(self):
         """What a kill left behind: half-written states, adapters and files."""
-        current = (self.out / "last").resolve().name
         if not (self.out / "best").exists() and (self.out / ".best.old").exists():
             (self.out / ".best.old").rename(self.out / "best")
-        for path in self.out.glob(".step-*"):
-            if path.name != current:
-                shutil.rmtree(path)
+        state.sweep(self.out)
         for name in (".best.new", ".best.old"):
             shutil.rmtree(self.out / name, ignore_errors=True)
-        # DeepSpeed's converters to one file: useless without the frozen weights
-        converters = [*self.out.glob("zero_to_*.py"), *self.out.glob(".step-*/zero_to_*.py")]
-        halves = [*self.out.glob(".*.tmp*"), *self.out.glob("*/.*.tmp*"), self.out / ".last.new"]
-        for path in converters + halves:
+        for path in (*self.out.glob(".*.tmp*"), *self.out.glob("*/.*.tmp*")):
             path.unlink(missing_ok=True)
 
     def _cut(self, path):
-        """Drop rows of steps that are not in last/, a torn last line among them: they will be done again."""
+        """Drop rows of steps that are not in the state, a torn last line among them: they will be done
+        again."""
         if not path.exists():
             return
         kept = []
-        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-            if json.loads(line)["step"] <= self.state["step"]:
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
+            try:
+                step = json.loads(line)["step"]
+            except (ValueError, KeyError, TypeError):
+                raise InputError(f"{path}:{number}: not a row of this log: delete that line") from None
+            if step <= self.state["step"]:
                 kept.append(line + "\n")
         data.write_atomic(path, "".join(kept))
 
@@ -227,13 +315,20 @@ class Run:
 
     def log(self, rows, name="metrics.jsonl"):
         """Append rows; those of metrics.jsonl go to DeepSpeed's monitors too (TensorBoard, W&B:
-        ds_zero2.json)."""
+        ds_zero2.json), and what they say is going wrong is said, once."""
         if not self.ranks.main:
             return
         with open(self.out / name, "a", encoding="utf-8") as handle:
             handle.write("".join(data.jsonl_line(row) for row in rows))
-        if name == "metrics.jsonl" and self.monitor.enabled:
-            for row in rows:
+        if name != "metrics.jsonl":
+            return
+        for row in rows:
+            self.rows.append(row)
+            for cause, text in alarms(self.rows).items():
+                if cause not in self.alarmed:
+                    self.alarmed.add(cause)
+                    warn(f"step {row['step']}: {text}")
+            if self.monitor.enabled:
                 events = [(f"train/{key}", value, row["step"]) for key, value in row.items() if key != "step"]
                 self.monitor.write_events(events)
 
@@ -245,9 +340,11 @@ class Run:
         if not better and (f1 or self.state["best"]):
             return
         self.state |= {"best": f1, "best_step": step}
+        args = self.args
+        recipe = lora.Recipe(args.prompt, args.min_pixels, args.max_pixels)
         with self.ranks.together():
             if self.ranks.main:
-                vlm.save_adapter(model, processor, self.out / "best", self.args.prompt, self._card(step, f1))
+                lora.save_adapter(model, processor, self.out / "best", recipe, self._card(step, f1))
 
     def finish_step(self, engine, step, total, validated):
         """After step `step` (from 1): curves where validated, save where due → whether the run is over."""
@@ -271,30 +368,16 @@ class Run:
         """Everything needed to go on after `step` updates, frozen weights left out. Raises Stopped where it
         cannot be written."""
         self.state["step"] = step
-        name = f".step-{step}"
-        try:
-            engine.save_checkpoint(
-                str(self.out),
-                tag=name,
-                client_state=self.state,
-                save_latest=False,
-                exclude_frozen_parameters=True,
-            )
-        except (OSError, RuntimeError) as error:  # RuntimeError is how torch tells of a full disk
-            raise Stopped(
-                f"{self.out}: cannot save step {step} ({common.first_line(error)}): make room; "
-                "the same command goes on"
-            ) from None
-        if self.ranks.main:
-            logs = [self.out / log for log in LOGS if (self.out / log).exists()]
-            for path in [*(self.out / name).iterdir(), *logs]:
-                with open(path, "rb") as handle:
-                    os.fsync(handle.fileno())  # KEEP: on the disk before the link points to it
-            link = self.out / ".last.new"
-            link.unlink(missing_ok=True)
-            link.symlink_to(name)
-            os.replace(link, self.out / "last")
-            self._sweep()
+        folder = self.out / f"state-{step}"
+        state.save(engine, folder, self.state, self.ranks)
+        with self.ranks.together():
+            if self.ranks.main:
+                for log in LOGS:
+                    if (self.out / log).exists():
+                        state.flush(self.out / log)  # KEEP: on the disk before the state counts as whole
+                state.finish(folder)
+                data.write_atomic(self.out / "progress.json", json.dumps({"saved": step}) + "\n")
+                self._sweep()
         self.ranks.barrier()
 
     # ---------------------------------------------------------------- what is said
@@ -320,48 +403,33 @@ class Run:
         publishes it."""
         args = self.args
         score = "not validated" if args.no_val else f"validation JMERE F1 {f1:.4f}"
-        arguments = {name: value for name, value in self.config.items() if name != "out"}
-        files = [f"- `{name}`: {value}" for name, value in self.config.items() if name.endswith("_sha256")]
-        return "\n".join(
-            (
-                "---",
-                f"base_model: {args.model}",
-                "library_name: peft",
-                "---",
-                f"# LoRA adapter by {self.config['script']}",
-                "",
-                "Reads a tweet with its image and answers with quintuples when asked with the",
-                f"`{args.prompt}` prompt of JMERE-R1's common.py. After update {step}: {score}.",
-                "",
-                "## Data, by content",
-                "",
-                *files,
-                "",
-                "## Arguments",
-                "",
-                "```json",
-                json.dumps(arguments, indent=1),
-                "```",
-                "",
-                "## Versions",
-                "",
-                ", ".join(f"{name} {version}" for name, version in versions().items()),
-                "",
-            )
+        lines = (
+            "---",
+            f"base_model: {args.model}",
+            "library_name: peft",
+            "---",
+            f"# LoRA adapter by {self.identity['script']}",
+            "",
+            "Reads a tweet with its image and answers with quintuples when asked with the",
+            f"`{args.prompt}` prompt of JMERE-R1's common.py. After update {step}: {score}.",
+            "",
+            "## What determined it (files by content)",
+            "",
+            "```json",
+            json.dumps(self.identity, indent=1),
+            "```",
+            "",
+            "## Versions",
+            "",
+            ", ".join(f"{name} {version}" for name, version in versions().items()),
+            "",
         )
+        return "\n".join(lines)
 
 
-def hashes(args):
-    """Content of what the run reads: a file changed between two pieces of a run is another argument."""
-    paths = {"data": args.data, "ds_config": args.ds_config}
-    if not args.no_val:
-        paths["val"] = args.val
-    if getattr(args, "adapter", None):
-        paths["adapter"] = f"{args.adapter}/adapter_model.safetensors"
-    found = {}
-    for name, path in paths.items():
-        found[f"{name}_sha256"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-    return found
+def warn(text):
+    """One loud line, on the screen between the bars."""
+    print(f"\n!! {text}", file=sys.stderr, flush=True)
 
 
 def versions():
@@ -370,7 +438,6 @@ def versions():
     commit = None
     if shutil.which("git"):
         command = ["git", "rev-parse", "HEAD"]
-        commit = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True
-        ).stdout.strip()
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        commit = done.stdout.strip()
     return {name: metadata.version(name) for name in names} | {"commit": commit or None}

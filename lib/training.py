@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import common
 from common import InputError, Stopped, above, at_least
-from lib import data, rollout, vlm
+from lib import data, lora, rollout, vlm
 
 # -------------------------------------------------------------------------------- ranks
 
@@ -156,6 +156,15 @@ def add_training_arguments(parser, epochs, lr, warmup_ratio, schedule, provenanc
     group.add_argument(
         "--eval-rows", type=at_least(1), default=64, help="responses decoded together [ours: fits 48 GB]"
     )
+    group = parser.add_argument_group("images")
+    group.add_argument(
+        "--max-pixels",
+        type=at_least(1),
+        help=f"an image is scaled down to so many, where its family scales [ours: {vlm.MAX_PIXELS}]",
+    )
+    group.add_argument(
+        "--min-pixels", type=at_least(1), help="an image is scaled up to so many [upstream default]"
+    )
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=above(0), default=epochs, help=f"passes over --data [{provenance}]")
     group.add_argument("--lr", type=above(0), default=lr, help=f"peak learning rate of AdamW [{provenance}]")
@@ -221,11 +230,10 @@ def share(text):
     return value
 
 
-def load_splits(args, need, rows, made_by=data.RELEASE):
-    """--data and --val → two lists of Example, every image looked at. Raises InputError.
+def load_splits(args, need, made_by=data.RELEASE):
+    """--data and --val → two lists of Example, images not looked at yet. Raises InputError.
 
-    need: fields every row of --data must have; rows: of one update, over all ranks; made_by: where --data
-    comes from.
+    need: fields every row of --data must have; made_by: where --data comes from.
     """
     if args.patience and args.no_val:
         raise InputError("--patience needs --val: without a validation F1 nothing can stop improving")
@@ -234,16 +242,23 @@ def load_splits(args, need, rows, made_by=data.RELEASE):
         data.existing("--val", args.val, f"{data.RELEASE}; --no-val trains without")
     options = {"skip_bad": args.skip_bad, "merge_repeats": args.merge_repeats}
     train = data.load_examples(args.data, args.image_dir, need=need, **options)[: args.limit]
-    if rows > len(train):
-        raise InputError(
-            f"one update takes {rows} rows over all ranks, --data has {len(train)}: "
-            "lower --batch-size or --grad-accum"
-        )
-    train = data.check_images(train, args.skip_bad)
     if args.no_val:
         return train, []
-    val = data.load_examples(args.val, args.image_dir, need=("quintuples",), **options)[: args.eval_limit]
-    return train, data.check_images(val, args.skip_bad)
+    return train, data.load_examples(args.val, args.image_dir, need=("quintuples",), **options)[
+        : args.eval_limit
+    ]
+
+
+def check_sizes(args, rows, examples):
+    """Raises InputError where an update takes more rows than there are, or there is no update. rows: over all
+    ranks."""
+    if rows > examples:
+        raise InputError(
+            f"one update takes {rows} rows over all ranks, --data has {examples}: "
+            "lower --batch-size or --grad-accum"
+        )
+    if int(examples * args.epochs) == 0:
+        raise InputError(f"--epochs {args.epochs:g} of {examples} rows: no update at all")
 
 
 # -------------------------------------------------------------------------------- engine
@@ -284,7 +299,7 @@ def make_engine(model, args, config, micro_steps):
         config["tensorboard"] = where | config["tensorboard"]
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    trainable = [parameter for parameter in vlm.check_lora(model).parameters() if parameter.requires_grad]
+    trainable = [parameter for parameter in lora.check_lora(model).parameters() if parameter.requires_grad]
     engine = deepspeed.initialize(
         model=model, model_parameters=trainable, config=config, dist_init_required=False
     )[0]

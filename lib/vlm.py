@@ -7,15 +7,15 @@ training.
     P prompt tokens   D hidden size   L positions of a row   B rows
 """
 
+import hashlib
 import json
-import shutil
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors import safe_open
+from peft import PeftModel
+from safetensors import SafetensorError
+from torch.nn.functional import pad
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.utils import is_torchvision_available
+from transformers.utils import cached_file, is_torchvision_available
 
 import common
 from common import InputError
@@ -34,33 +34,35 @@ from lib import data
 DEFAULT_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
 ARCHITECTURES = ("qwen2_5_vl", "llava")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-LINEAR = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
-LORA_TARGETS = rf".*language_model.*\.({LINEAR})"  # plain names hit the vision tower too
 SHARED_PREFIX = "shared_prefix"  # our attention, by the name that transformers knows it under
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "jmere.json")
+MAX_PIXELS = 1024 * 28 * 28  # of an image: a phone photograph costs Qwen2.5-VL about a thousand tokens
 
 # -------------------------------------------------------------------------------- model
 
 
-def resolve_start(args):
-    """Settle what 04 starts from: args.adapter (None with --only-rl), args.model, args.prompt. Raises
-    InputError."""
-    if args.only_rl:
-        args.adapter = None
-        args.model = args.model or DEFAULT_MODEL
-        args.prompt = "reason"
-        return
-    data.existing("--adapter", args.adapter, "made by 03_sft.py; --only-rl starts without it")
-    args.prompt = adapter_prompt(args.adapter)
-    args.model = args.model or adapter_base(args.adapter)
-
-
-def load(name, dtype=torch.float32, device="cpu"):
-    """(model, processor) of a Qwen2.5-VL or LLaVA-1.5 checkpoint, a hub name or a folder; the model frozen,
+def load(name, dtype=torch.float32, device="cpu", processor=None):
+    """(model, processor) of a checkpoint of one of ARCHITECTURES, a hub name or a folder; the model frozen,
     in eval mode.
 
-    Raises InputError.
+    processor: one loaded before, else the checkpoint's own with its own pixels. Raises InputError.
     """
+    read_config(name)
+    processor = processor or load_processor(name)
+    where = {"device_map": device} if torch.device(device).type == "cuda" else {}  # straight to the GPU
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=dtype, attn_implementation="sdpa", **where
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"--model {name}: cannot load ({common.first_line(error)})") from None
+    # the decoder alone, not the vision tower
+    model.model.language_model.config._attn_implementation = SHARED_PREFIX
+    return model.requires_grad_(False).eval(), processor
+
+
+def read_config(name):
+    """The checkpoint's configuration. Raises InputError where there is none, or it is of another
+    architecture."""
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -69,23 +71,46 @@ def load(name, dtype=torch.float32, device="cpu"):
             f"--model {name}: not a model folder, nor a hub model that can be had from here ({fault})"
         ) from None
     if config.model_type not in ARCHITECTURES:
-        raise InputError(
-            f"--model {name}: is a {config.model_type} model, expected one of {', '.join(ARCHITECTURES)}"
-        )
+        expected = ", ".join(ARCHITECTURES)
+        raise InputError(f"--model {name}: is a {config.model_type} model, expected one of {expected}")
+    return config
+
+
+def load_processor(name, min_pixels=None, max_pixels=None):
+    """The checkpoint's processor, images limited to so many pixels. Raises InputError.
+
+    Where the family scales images (Qwen), max_pixels None is the processor's own, at most MAX_PIXELS.
+    LLaVA-1.5 makes one square of every image: its pixels cannot be chosen.
+    """
+    kind = read_config(name).model_type
     try:
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
-        processor = load_processor(name)
+        processor = _processor(name, kind)
     except (OSError, ValueError) as error:
-        raise InputError(f"--model {name}: cannot load ({common.first_line(error)})") from None
-    # the decoder alone, not the vision tower
-    model.model.language_model.config._attn_implementation = SHARED_PREFIX
-    return model.to(device).requires_grad_(False).eval(), processor
+        raise InputError(f"--model {name}: cannot load its processor ({common.first_line(error)})") from None
+    if not getattr(processor, "chat_template", None):
+        raise InputError(
+            f"--model {name}: its processor has no chat template: take the instruction-tuned model"
+        )
+    images = processor.image_processor
+    if "qwen" not in kind:
+        if min_pixels or max_pixels:
+            raise InputError(
+                f"--max-pixels, --min-pixels: {name} ({kind}) takes images of one size: leave them out"
+            )
+        return processor
+    # of these two names, which mean areas here, it makes its limits
+    smallest = min_pixels or images.size["shortest_edge"]
+    largest = max_pixels or min(images.size["longest_edge"], MAX_PIXELS)
+    if smallest > largest:
+        raise InputError(f"--min-pixels {smallest}: more than --max-pixels {largest}")
+    images.size = {"shortest_edge": smallest, "longest_edge": largest}
+    return processor
 
 
-def load_processor(name):
+def _processor(name, kind):
     """AutoProcessor. Without torchvision (a CPU machine) it cannot build Qwen2.5-VL's, whose video part needs
     it: leave that part out."""
-    if is_torchvision_available() or AutoConfig.from_pretrained(name).model_type != "qwen2_5_vl":
+    if is_torchvision_available() or kind != "qwen2_5_vl":
         return AutoProcessor.from_pretrained(name)
     from transformers import AutoImageProcessor, AutoTokenizer
     from transformers.models.qwen2_5_vl import processing_qwen2_5_vl
@@ -98,6 +123,26 @@ def load_processor(name):
     tokenizer = AutoTokenizer.from_pretrained(name)
     images = AutoImageProcessor.from_pretrained(name)
     return Qwen2_5_VLProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
+
+
+def weights_digest(name):
+    """A hash of a checkpoint's weights: the header of each file, and a sample of every tensor. Raises
+    InputError."""
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = Path(cached_file(name, "config.json")).parent
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with open(path, "rb") as handle:
+            size = int.from_bytes(handle.read(8), "little")
+            header = handle.read(size)
+            digest.update(header)
+            for place in json.loads(header).values():
+                if "data_offsets" in place:
+                    start, end = place["data_offsets"]
+                    handle.seek(8 + size + (start + end) // 2)
+                    digest.update(handle.read(min(256, end - start)))
+    return digest.hexdigest()[:16]
 
 
 def base_model(model):
@@ -114,116 +159,6 @@ def _attention(module, query, key, value, attention_mask, layout=None, **kwargs)
 
 AttentionInterface.register(SHARED_PREFIX, _attention)
 AttentionMaskInterface.register(SHARED_PREFIX, sdpa_mask)  # of passes without a layout
-
-
-# -------------------------------------------------------------------------------- LoRA
-
-
-def add_lora(model, rank, alpha, dropout=0.0):
-    """A fresh trainable LoRA on every linear layer of the language model [ours: the paper gives rank and
-    alpha only]."""
-    config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS, task_type="CAUSAL_LM"
-    )
-    return check_lora(get_peft_model(model, config))
-
-
-def load_adapter(model, folder, trainable=False, name="default"):
-    """`model`, plain or already a PeftModel, with the adapter of `folder`. Raises InputError where the two do
-    not fit."""
-    adapter_prompt(folder)
-    try:
-        if isinstance(model, PeftModel):
-            model.load_adapter(folder, adapter_name=name, is_trainable=trainable)
-        else:
-            model = PeftModel.from_pretrained(model, folder, adapter_name=name, is_trainable=trainable)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        fault = common.first_line(error)
-        raise InputError(f"--adapter {folder}: does not fit this --model ({fault})") from None
-    # PEFT only warns of keys that found no place
-    with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as stored:
-        missing = set(get_peft_model_state_dict(model, adapter_name=name)) ^ set(stored.keys())
-    if missing:
-        raise InputError(
-            f"--adapter {folder}: {len(missing)} tensors do not fit this --model: {sorted(missing)[0]}, …"
-        )
-    return check_lora(model) if trainable else model
-
-
-def check_lora(model):
-    """`model`. Raises InputError unless something is trainable and all of it is LoRA inside the language
-    model: otherwise a run finishes without having learnt."""
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if not trained or not all("lora_" in name and "language_model" in name for name in trained):
-        shown = trained[:3] or "nothing"
-        raise InputError(f"LoRA must train the language model only; trainable now: {shown}")
-    return model
-
-
-def no_dropout(model):
-    """`model` without dropout, which would move the log-probs between two passes of one policy: KL would not
-    start at 0."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model
-
-
-def save_adapter(model, processor, folder, prompt, card):
-    """The policy's adapter as plain PEFT, with its processor, its model card and the prompt it was trained
-    with ("reason" or "direct"). Whole or not at all."""
-    folder = Path(folder)
-    fresh = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    model.save_pretrained(fresh, selected_adapters=["default"])
-    processor.save_pretrained(fresh)
-    (fresh / "jmere.json").write_text(json.dumps({"prompt": prompt}) + "\n")
-    (fresh / "README.md").write_text(card, encoding="utf-8")  # in place of PEFT's empty form
-    # a kill between the renames leaves this one; Run puts it back
-    old = folder.with_name(f".{folder.name}.old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    fresh.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def adapter_prompt(folder):
-    """The prompt that the adapter was trained with, "reason" or "direct". Raises InputError where it is none
-    of ours."""
-    folder = Path(folder)
-    for name in ADAPTER_FILES:
-        if not (folder / name).is_file():
-            raise InputError(
-                f"--adapter {folder}: no {name} in it; expected a best/ folder of 03_sft.py or 04_grpo.py"
-            )
-    return json.loads((folder / "jmere.json").read_text())["prompt"]
-
-
-def adapter_base(folder):
-    """The base model that the adapter was trained on: a hub name, or a folder as it was given. Raises
-    InputError."""
-    name = json.loads((Path(folder) / "adapter_config.json").read_text()).get("base_model_name_or_path")
-    if not name:
-        raise InputError(
-            f"--adapter {folder}: its adapter_config.json names no base model: name it with --model"
-        )
-    return name
-
-
-@contextmanager
-def reference(model):
-    """Inside, `model` is the reference policy: the frozen second copy of the SFT adapter, or the base
-    (Only-RL)."""
-    if "reference" not in model.peft_config:
-        with model.disable_adapter():
-            yield
-        return
-    model.base_model.set_adapter("reference", inference_mode=True)  # else PEFT would make it trainable
-    try:
-        yield
-    finally:
-        model.base_model.set_adapter("default")
 
 
 # -------------------------------------------------------------------------------- encoding
@@ -267,13 +202,37 @@ def encode(model, processor, items):
 
 def processor_inputs(processor, text, image):
     """What the model's own forward takes for one prompt: input_ids [1, P], pixel_values, and what its family
-    adds."""
-    for token in processor.tokenizer.all_special_tokens:  # a tweet may spell one: it is text, not structure
-        text = text.replace(token, f"{token[0]} {token[1:]}")
-    content = [{"type": "image"}, {"type": "text", "text": text}]
+    adds.
+
+    image: its path.
+    """
+    return processor(text=[_chat(processor, text)], images=[data.load_image(image)], return_tensors="pt")
+
+
+def prompt_length(processor, text, size):
+    """Tokens of a prompt about an image of `size` (width, height), by arithmetic. Raises InputError where the
+    processor refuses such an image."""
+    width, height = size
+    try:
+        [image] = processor._get_num_multimodal_tokens(image_sizes=[(height, width)]).num_image_tokens
+    except ValueError as error:
+        raise InputError(f"{width} × {height} pixels, refused by the processor ({error})") from None
+    # 1: the image's placeholder
+    return len(processor.tokenizer(_chat(processor, text))["input_ids"]) - 1 + image
+
+
+def _chat(processor, text):
+    content = [{"type": "image"}, {"type": "text", "text": plain_text(processor, text)}]
     messages = [{"role": "user", "content": content}]
-    chat = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return processor(text=[chat], images=[data.load_image(image)], return_tensors="pt")
+    return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
+def plain_text(processor, text):
+    """`text` with every special token in it broken by a space: a tweet may spell one, and it is text, not
+    structure."""
+    for token in processor.tokenizer.all_special_tokens:
+        text = text.replace(token, f"{token[0]} {token[1:]}")
+    return text
 
 
 def _image_features(base, inputs):
@@ -288,6 +247,21 @@ def _image_features(base, inputs):
         features = inner.get_image_features(inputs["pixel_values"].to(base.dtype)).pooler_output
         positions = torch.arange(ids.shape[1], device=ids.device)[None]  # [1, P]
     return torch.cat(list(features)), positions
+
+
+def own_logits(model, processor, text, image, ids):
+    """Logits of transformers' own forward over prompt and response `ids`, at the positions that predict the
+    response and what follows it: [C + 1, V], fp32. What our passes are compared with."""
+    base = base_model(model)
+    inputs = dict(processor_inputs(processor, text, image).to(base.lm_head.weight.device))
+    size = inputs["input_ids"].shape[1]
+    response = torch.tensor([ids], device=inputs["input_ids"].device)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], response], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if "mm_token_type_ids" in inputs:  # omitted, or not as long, the logits differ without any error
+        inputs["mm_token_type_ids"] = pad(inputs["mm_token_type_ids"], (0, len(ids)))
+    inputs["pixel_values"] = inputs["pixel_values"].to(base.dtype)
+    return model(**inputs).logits[0, size - 1 :].float()
 
 
 def response_positions(prompt, length):

@@ -124,6 +124,7 @@ def contents(out):
             found[name] = [{key: value for key, value in row.items() if key not in CLOCK} for row in rows]
         elif path.name not in (
             "config.json",
+            "whole.json",  # sizes, which the names of temporary folders change
             ".lock",
             "curves.png",
         ):  # the pid, OUT itself, and the clock again

@@ -6,7 +6,8 @@ import time
 
 import pytest
 from conftest import DATA, needs_data
-from hypothesis import example, given, settings
+from hypothesis import example as also
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import common
@@ -439,8 +440,8 @@ Q = common.quintuple("A", "per", "B", "org", "peer")
 
 
 @given(st.lists(quintuples, max_size=3), st.lists(quintuples, max_size=3))
-@example([Q], [Q, Q])  # repeated gold, which once gave an accuracy above 1
-@example([Q, Q], [Q, Q])
+@also([Q], [Q, Q])  # repeated gold, which once gave an accuracy above 1
+@also([Q, Q], [Q, Q])
 @settings(max_examples=200, deadline=None)
 def test_reward_stays_in_range_and_is_highest_for_gold(pred, gold):
     response = common.parse_response(think(common.format_answer(pred)))

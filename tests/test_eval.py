@@ -552,8 +552,8 @@ class FakeVlm(types.SimpleNamespace):
         self.loaded.append(str(folder))
         return model
 
-    def adapter_prompt(self, folder):
-        return self.own
+    def read_recipe(self, folder):
+        return types.SimpleNamespace(prompt=self.own)
 
     def generate(
         self, model, processor, items, n, max_new_tokens, temperature, top_p, keys, batch_rows, static
@@ -594,7 +594,7 @@ def tweets(tmp_path):
 
 
 def stand_in(monkeypatch, fake):
-    for name in ("vlm", "rollout", "training"):
+    for name in ("vlm", "rollout", "training", "lora"):
         monkeypatch.setattr(lib, name, fake, raising=False)
 
 
@@ -820,12 +820,12 @@ def texts(out):
 
 
 def test_a_real_model_predicts_the_same_on_any_number_of_ranks(tiny, small_world, tmp_path):
-    from lib import vlm
+    from lib import lora, vlm
 
     model, processor = vlm.load(tiny)
     torch.manual_seed(1)
-    model = vlm.add_lora(model, 4, 8)
-    vlm.save_adapter(model, processor, tmp_path / "adapter", "direct", "")
+    model = lora.add_lora(model, 4, 8)
+    lora.save_adapter(model, processor, tmp_path / "adapter", lora.Recipe("direct"), "")
     common_args = [
         "--model",
         tiny,

@@ -5,7 +5,7 @@ import torch
 from conftest import ARCHITECTURES, run_script, stage
 
 import common
-from lib import data, rollout, vlm
+from lib import data, lora, rollout, vlm
 
 LENGTHS = [[5, 1, 12], [9, 3, 2]]  # response tokens of two groups, ragged, one of length 1
 TOLERANCE = 1e-5
@@ -16,7 +16,7 @@ def loaded(request, tiny, world):
     """Tiny model with a LoRA that does something, processor, two prompts of different length as items."""
     model, processor = vlm.load(str(tiny(request.param)))
     torch.manual_seed(0)
-    model = vlm.add_lora(model, 8, 16)
+    model = lora.add_lora(model, 8, 16)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from common import InputError
-from lib import merge, vlm
+from lib import lora, merge, vlm
 from tests import kill_points
 from tests.zygote import ROOT, Zygote
 
@@ -112,7 +112,7 @@ def test_refused(start, sft, inputs, tmp_path):
     start("03_sft", "--data", changed, "--stop-after", 1)
     changed.write_text(changed.read_text().replace("RT @fan", "RT @foe"))
     answer = start("03_sft", "--data", changed)
-    assert answer["code"] == 2 and "data_sha256" in answer["text"]
+    assert answer["code"] == 2 and "training data" in answer["text"]
     assert kill_points.contents(sft) == before
 
 
@@ -165,27 +165,27 @@ def test_curves_validation_and_metrics(start):
 def test_merge_is_base_plus_adapter(arch, tmp_path):
     inputs = kill_points.make_inputs(tmp_path, arch)
     model, processor = vlm.load(str(inputs["model"]))
-    model = vlm.add_lora(model, 4, 8)
+    model = lora.add_lora(model, 4, 8)
     for parameter in (p for p in model.parameters() if p.requires_grad):
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
-    vlm.save_adapter(model, processor, tmp_path / "adapter", "reason", "")
+    lora.save_adapter(model, processor, tmp_path / "adapter", lora.Recipe("reason"), "")
     proof = merge.merge_adapter(str(inputs["model"]), tmp_path / "adapter", tmp_path / "merged")
     print(arch, proof)
     assert proof["difference"] < 1e-5 < 1e-2 < proof["effect"]
     assert json.loads((tmp_path / "merged" / "jmere.json").read_text())["prompt"] == "reason"
     for parameter in (p for name, p in model.named_parameters() if "lora_B" in name):
         parameter.data.zero_()
-    vlm.save_adapter(model, processor, tmp_path / "untrained", "reason", "")
+    lora.save_adapter(model, processor, tmp_path / "untrained", lora.Recipe("reason"), "")
     with pytest.raises(InputError, match="changes no logit"):
         merge.merge_adapter(str(inputs["model"]), tmp_path / "untrained", tmp_path / "merged2")
 
 
 # ------------------------------------------------------------------------------------------------ named at the start
 
-FREEZE = "from lib import vlm; add = vlm.add_lora; vlm.add_lora = lambda *a: add(*a).requires_grad_(False)"
+FREEZE = "from lib import lora; add = lora.add_lora; lora.add_lora = lambda *a: add(*a).requires_grad_(False)"
 IMAGE_TOKENS = """
 import torch
-from lib import vlm
+from lib import lora, vlm
 load = vlm.load
 def other(*args):
     model, processor = load(*args)
@@ -200,15 +200,15 @@ vlm.load = other
 """
 APART = """
 import torch
-from lib import vlm
-load = vlm.load_adapter
+from lib import lora, vlm
+load = lora.load_adapter
 def moved(model, folder, **more):
     model = load(model, folder, **more)
     if more.get("name") == "reference":
         for name, p in model.named_parameters():
             if "lora_B.reference" in name: p.data += 0.01
     return model
-vlm.load_adapter = moved
+lora.load_adapter = moved
 """
 NO_SPACE = "import shutil, collections; shutil.disk_usage = lambda path: collections.namedtuple('usage', 'free')(2**20)"
 NAN_REWARD = """
@@ -238,7 +238,7 @@ FAULTS = [
         2,
         "4 image tokens in the prompt, 8 image features: the processor does not belong to this model",
     ),
-    ("04_grpo", [], APART, 2, r"KL is .* before the first update, expected 0"),
+    ("04_grpo", [], APART, 2, r"KL is .* before the first update, expected at most 0"),
     ("03_sft", [], STILL, 2, r"the first update changed no weight \(gradient norm .*\): --lr is too small"),
     ("03_sft", [], NO_SPACE, 2, r"1 MiB free, this run needs \d+: make room"),
     (
@@ -246,7 +246,7 @@ FAULTS = [
         [],
         FULL_DISK,
         3,
-        r"cannot save step 2 \(.*No space left.*\): make room; the same command goes on",
+        r"state-2: cannot save \(.*No space left.*\): make room; the same command goes on",
     ),
     (
         "03_sft",
@@ -396,11 +396,11 @@ def test_two_ranks_equal_one_of_twice_the_batch(script, start, inputs, sft, tmp_
 def test_one_rank_failing_ends_all_with_the_cause(inputs, sft, tmp_path):
     patch = """
 import os
-from lib import vlm
+from lib import lora, vlm
 encode, calls = vlm.encode, []
 def broken(*args):
     calls.append(1)
-    if os.environ["RANK"] == "1" and len(calls) == 2:
+    if os.environ["RANK"] == "1" and len(calls) == 3:
         raise ZeroDivisionError("in the reward of rank 1")
     return encode(*args)
 vlm.encode = broken
@@ -436,11 +436,11 @@ training.make_engine = probed
 def test_a_signal_to_one_rank_stops_all_and_the_command_goes_on(inputs, tmp_path):
     patch = """
 import os, signal
-from lib import vlm
+from lib import lora, vlm
 encode, calls = vlm.encode, []
 def told(*args):
     calls.append(1)
-    if os.environ["RANK"] == "1" and len(calls) == 2:
+    if os.environ["RANK"] == "1" and len(calls) == 3:
         os.kill(os.getpid(), signal.SIGTERM)
     return encode(*args)
 vlm.encode = told

@@ -12,7 +12,7 @@ from conftest import ARCHITECTURES, run_script, stage
 
 import common
 from common import InputError
-from lib import data, rollout, training, vlm
+from lib import data, lora, rollout, training, vlm
 
 sft, grpo = stage("03_sft"), stage("04_grpo")
 
@@ -264,14 +264,14 @@ def test_special_tokens_in_a_tweet_are_text(loaded):
 
 def test_lora_hits_the_language_model_only(loaded, tiny):
     model, _ = vlm.load(str(tiny(loaded[0].config.model_type)))
-    model = vlm.add_lora(model, 4, 8)
+    model = lora.add_lora(model, 4, 8)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     layers = model.config.get_text_config().num_hidden_layers
     assert len(trained) == layers * 7 * 2 and all(
         "language_model.layers" in name and ".lora_" in name for name in trained
     )
     with pytest.raises(InputError, match="LoRA must train"):
-        vlm.check_lora(model.requires_grad_(False))
+        lora.check_lora(model.requires_grad_(False))
 
 
 # ------------------------------------------------------------------------------------------------ SFT's mask
@@ -281,7 +281,7 @@ def test_loss_covers_response_and_stop_id_and_nothing_else(loaded):
     """Against HF's own labels loss, where the prompt is -100."""
     model, processor, items = loaded
     stop = vlm.stop_ids(model, processor)[0]
-    ids = sft.target_ids(processor.tokenizer, "<think>\nx\n</think>", stop)
+    ids = sft.target_ids(processor, "<think>\nx\n</think>", stop)
     assert ids[-1] == stop and processor.tokenizer.decode(ids[:-1]).strip() == "<think>\nx\n</think>"
     logps, _, mask = rollout.completion_logps(model, vlm.encode(model, processor, items[:1]), [[ids]])
     inputs = plain_inputs(processor, items[0])
@@ -317,17 +317,17 @@ def rows_of(path):
 def test_sft_then_grpo_then_eval(arch, tiny, world, tmp_path):
     model, out = tiny(arch), tmp_path / "sft"
     val = f"--val {world}/val.jsonl --max-new-tokens 12"
-    lora = "--lora-rank 8 --lora-alpha 16"
+    rank = "--lora-rank 8 --lora-alpha 16"
     run_script(
-        f"03_sft.py --model {model} --data {world}/sft.jsonl {val} --out {out} --epochs 1 --lr 1e-3 {lora}"
+        f"03_sft.py --model {model} --data {world}/sft.jsonl {val} --out {out} --epochs 1 --lr 1e-3 {rank}"
     )
     rows = rows_of(out / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 9))
     assert rows[-1]["loss"] < rows[0]["loss"] and "val_jmere_f1" in rows[-1]
-    assert vlm.adapter_prompt(out / "best") == "reason"
+    assert lora.read_recipe(out / "best").prompt == "reason"
     assert json.loads((out / "config.json").read_text())["lora_rank"] == 8
     card = (out / "best" / "README.md").read_text()
-    assert f"base_model: {model}" in card and "data_sha256" in card and "More Information Needed" not in card
+    assert f"base_model: {model}" in card and "training data" in card and "More Information Needed" not in card
 
     options = "--no-val --group-size 4 --epochs 0.5 --max-new-tokens 12 --lr 1e-3"
     adapter = f"--adapter {out}/best"  # the base model is the adapter's
@@ -366,11 +366,11 @@ def test_sft_then_grpo_then_eval(arch, tiny, world, tmp_path):
 
 def test_merge_writes_one_model_and_proves_it(tiny, tmp_path):
     model, processor = vlm.load(str(tiny("llava")))
-    model = vlm.add_lora(model, 4, 8)
+    model = lora.add_lora(model, 4, 8)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # B starts at 0: an adapter that was never trained is refused
             torch.nn.init.normal_(parameter, std=0.1)
-    vlm.save_adapter(model, processor, tmp_path / "best", "reason", "")
+    lora.save_adapter(model, processor, tmp_path / "best", lora.Recipe("reason"), "")
     merge = f"05_eval.py --model {tiny('llava')} --adapter {tmp_path}/best --merge {tmp_path}/merged"
     _, stdout, _ = run_script(merge)
     assert "merged in float32" in stdout and "allowed 1e-04" in stdout
@@ -382,17 +382,17 @@ def test_merge_writes_one_model_and_proves_it(tiny, tmp_path):
 def test_only_rl_and_the_answer_alone(tiny, world, tmp_path):
     """GRPO from the base; SFT on the answer alone, and GRPO from there: the adapter decides which prompt."""
     model = f"--model {tiny('qwen2_5_vl')}"
-    lora = "--lora-rank 4 --lora-alpha 8"
+    rank = "--lora-rank 4 --lora-alpha 8"
     options = f"--data {world}/train.jsonl --no-val --limit 4 --epochs 1 --batch-size 1"
     sampling = "--group-size 2 --max-new-tokens 8"
-    run_script(f"04_grpo.py --only-rl {model} {options} --out {tmp_path}/rl {sampling} {lora}")
+    run_script(f"04_grpo.py --only-rl {model} {options} --out {tmp_path}/rl {sampling} {rank}")
     assert rows_of(tmp_path / "rl" / "metrics.jsonl")[0]["kl"] == 0
-    sft = f"03_sft.py {model} {options} --out {tmp_path}/sft --target answer --grad-accum 2 {lora}"
+    sft = f"03_sft.py {model} {options} --out {tmp_path}/sft --target answer --grad-accum 2 {rank}"
     run_script(sft, ranks=2)
     assert [row["step"] for row in rows_of(tmp_path / "sft" / "metrics.jsonl")] == [1]
-    assert vlm.adapter_prompt(tmp_path / "sft" / "best") == "direct"
+    assert lora.read_recipe(tmp_path / "sft" / "best").prompt == "direct"
     run_script(f"04_grpo.py --adapter {tmp_path}/sft/best {options} --out {tmp_path}/direct {sampling}")
-    assert vlm.adapter_prompt(tmp_path / "direct" / "best") == "direct"
+    assert lora.read_recipe(tmp_path / "direct" / "best").prompt == "direct"
 
 
 def test_reward_follows_the_prompt():
@@ -435,8 +435,8 @@ def test_bad_input_is_one_line(tiny, world, tmp_path):
 
 def test_an_adapter_of_another_model_is_refused(tiny, tmp_path):
     model, processor = vlm.load(str(tiny("qwen2_5_vl")))
-    vlm.save_adapter(vlm.add_lora(model, 4, 8), processor, tmp_path / "best", "reason", "")
+    lora.save_adapter(lora.add_lora(model, 4, 8), processor, tmp_path / "best", lora.Recipe("reason"), "")
     other, _ = vlm.load(str(tiny("llava")))
     other.model.language_model.layers = other.model.language_model.layers[:2]
     with pytest.raises(InputError, match="does not fit this --model|do not fit this --model"):
-        vlm.load_adapter(other, str(tmp_path / "best"))
+        lora.load_adapter(other, str(tmp_path / "best"))

@@ -158,16 +158,17 @@ def main(args):
         [tokens] = ranks.sum(sum(map(len, targets)))  # of the whole batch: 2 ranks × B = 1 rank × 2B
         model.train()
         nll = 0.0
-        for start in range(0, rank_rows, args.batch_size):
-            micro = slice(start, start + args.batch_size)
-            completions = [[ids] for ids in targets[micro]]  # one response a prompt
-            logps, _, mask = rollout.completion_logps(model, prompts[micro], completions)  # [B, C]
-            loss = sft_loss(logps, mask, tokens)
-            nll += loss.item()
-            # gradients add up over micro-steps and ranks: Eq. 1 is a sum, its denominator the tokens of them
-            # all
-            engine.backward(loss * ranks.world, scale_wrt_gas=False)
-            engine.step()
+        with training.out_of_memory("--gradient-checkpointing or a smaller --batch-size"):
+            for start in range(0, rank_rows, args.batch_size):
+                micro = slice(start, start + args.batch_size)
+                completions = [[ids] for ids in targets[micro]]  # one response a prompt
+                logps, _, mask = rollout.completion_logps(model, prompts[micro], completions)  # [B, C]
+                loss = sft_loss(logps, mask, tokens)
+                nll += loss.item()
+                # gradients add up over micro-steps and ranks: Eq. 1 is a sum, its denominator the tokens of
+                # them all
+                engine.backward(loss * ranks.world, scale_wrt_gas=False)
+                engine.step()
         [loss] = ranks.sum(nll)
         row = {"step": step + 1, "epoch": round((step + 1) * rows / len(train), 4), "loss": loss, "lr": lr}
         row["grad_norm"] = float(engine.get_global_grad_norm())

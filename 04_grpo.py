@@ -64,6 +64,9 @@ def parse_args(argv=None):
         default=1.0,
         help="of sampling and log-probs [ours: samples of the policy]",
     )
+    group.add_argument(
+        "--rollout-rows", type=at_least(1), help="responses drawn at once, for memory [ours: all of a step]"
+    )
     group.add_argument("--static-cache", action="store_true", help=rollout.STATIC_CACHE_HELP)
     group = parser.add_argument_group("algorithm")
     group.add_argument(
@@ -207,6 +210,16 @@ def sample_rows(step, batch, samples, rewards, advantages):
     return rows
 
 
+def sampling_gap(logps, samples):
+    """Σ |log-prob in training − log-prob when it was drawn| over the tokens of samples; logps [N, C]. Near 0,
+    or the samples are not the policy's."""
+    gap = 0.0
+    for row, sample in zip(logps, samples, strict=True):
+        drawn = torch.tensor(sample.logps, device=row.device)
+        gap += (row[: len(drawn)] - drawn).abs().sum().item()
+    return gap
+
+
 def pack_rows(prompt_sizes, lengths, limit=None, skip=()):
     """Which responses go through the decoder in one row behind their prompt: [(prompt, [response, …])], most
     tokens first.
@@ -325,13 +338,9 @@ def main(args):
             prompts = vlm.encode(model, processor, items)
             # KEEP: keyed by the place in the whole batch, so that 2 ranks draw the samples that 1 rank would
             keys = [(args.seed, step, place) for place in places]
-            samples = rollout.sample(
-                model,
-                processor,
-                prompts,
-                args.group_size,
-                args.max_new_tokens,
-                args.temperature,
+            samples, _ = rollout.sample_in_parts(
+                *(model, processor, prompts, args.group_size, args.max_new_tokens, args.temperature),
+                rows=args.rollout_rows or args.batch_size * args.group_size,
                 keys=keys,
                 static=args.static_cache,
             )
@@ -357,39 +366,41 @@ def main(args):
         micro_steps = max(
             1, *ranks.gather(len(rows))
         )  # KEEP: the same on every rank, or they wait for each other for ever
-        sums = dict.fromkeys(("loss", "kl", "entropy"), 0.0)
-        for micro in range(micro_steps):
-            engine.set_gradient_accumulation_boundary(micro == micro_steps - 1)
-            if micro < len(rows):
-                prompt, row = rows[micro]
-                ids = [[samples[prompt][i].completion_ids for i in row]]
-                scored = prompts[prompt : prompt + 1], ids, args.temperature, args.shared_prefix
-                ref_logps = None
-                if args.kl_coef:
-                    with torch.no_grad(), lora.reference(model):
-                        ref_logps, _, _ = rollout.completion_logps(model, *scored)  # [N, C]
-                model.train()
-                logps, entropy, completion_mask = rollout.completion_logps(model, *scored)  # [N, C]
-                model.eval()
-                old_logps = logps.detach()
-                if ref_logps is None:  # λ = 0: no reference pass, and the KL term is 0
-                    ref_logps = old_logps
-                weights = [
-                    token_weight(lengths[prompt][i], batch_sums["responses"], batch_sums["tokens"])
-                    for i in row
-                ]
-                weights = torch.tensor(weights, device=ranks.device)[:, None] * completion_mask  # [N, C]
-                scale = advantages[prompt, row].to(ranks.device)  # [N]
-                loss, kl = grpo_loss(logps, old_logps, ref_logps, scale, weights, args.kl_coef)
-                sums["loss"] += loss.item()
-                sums["kl"] += kl.item()
-                sums["entropy"] += entropy.sum().item()
-            else:
-                loss = training.zero_loss(model)
-            engine.backward(
-                loss * ranks.world, scale_wrt_gas=False
-            )  # gradients add up over micro-steps and ranks
-            engine.step()
+        sums = dict.fromkeys(("loss", "kl", "entropy", "gap"), 0.0)
+        with training.out_of_memory("--pack-tokens, --gradient-checkpointing or a smaller --batch-size"):
+            for micro in range(micro_steps):
+                engine.set_gradient_accumulation_boundary(micro == micro_steps - 1)
+                if micro < len(rows):
+                    prompt, row = rows[micro]
+                    ids = [[samples[prompt][i].completion_ids for i in row]]
+                    scored = prompts[prompt : prompt + 1], ids, args.temperature, args.shared_prefix
+                    ref_logps = None
+                    if args.kl_coef:
+                        with torch.no_grad(), lora.reference(model):
+                            ref_logps, _, _ = rollout.completion_logps(model, *scored)  # [N, C]
+                    model.train()
+                    logps, entropy, completion_mask = rollout.completion_logps(model, *scored)  # [N, C]
+                    model.eval()
+                    old_logps = logps.detach()
+                    if ref_logps is None:  # λ = 0: no reference pass, and the KL term is 0
+                        ref_logps = old_logps
+                    weights = [
+                        token_weight(lengths[prompt][i], batch_sums["responses"], batch_sums["tokens"])
+                        for i in row
+                    ]
+                    weights = torch.tensor(weights, device=ranks.device)[:, None] * completion_mask  # [N, C]
+                    scale = advantages[prompt, row].to(ranks.device)  # [N]
+                    loss, kl = grpo_loss(logps, old_logps, ref_logps, scale, weights, args.kl_coef)
+                    sums["loss"] += loss.item()
+                    sums["kl"] += kl.item()
+                    sums["entropy"] += entropy.sum().item()
+                    sums["gap"] += sampling_gap(old_logps, [samples[prompt][i] for i in row])
+                else:
+                    loss = training.zero_loss(model)
+                engine.backward(
+                    loss * ranks.world, scale_wrt_gas=False
+                )  # gradients add up over micro-steps and ranks
+                engine.step()
 
         # 4. Log
         needed, computed = row_positions(rows, prompt_sizes, lengths, args.shared_prefix)
@@ -404,6 +415,7 @@ def main(args):
         row["kl"] = sums["kl"] * batch_prompts / max(1, sums["prompts"])  # of the groups that were trained on
         row["loss"] = sums["loss"]
         row["entropy"] = sums["entropy"] / max(1, sums["tokens"])
+        row["sampling_gap"] = sums["gap"] / max(1, sums["tokens"])
         row["lr"] = lr
         row["grad_norm"] = float(engine.get_global_grad_norm())
         row["waste"] = 1 - sums["needed"] / max(1, sums["computed"])

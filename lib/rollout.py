@@ -14,6 +14,8 @@ from peft.tuners.lora import LoraLayer
 from torch.nn.functional import linear, pad
 from torch.nn.utils.rnn import pad_sequence
 
+import common
+from common import Stopped
 from lib import vlm
 from lib.prefix import Decoding, GraphedToken, Packed, decoder, token
 
@@ -30,6 +32,7 @@ class Sample:
     text: str
     completion_ids: list[int]  # [C], the stop id included where the response ended by itself
     finished: bool  # False: cut off at max_new_tokens
+    logps: list[float] | None = None  # [C] as they were drawn, at the sampling temperature; None where greedy
 
 
 def uniforms(n, length, *key):
@@ -83,8 +86,9 @@ def sample(
         hidden, cache = _prefill(base, prompts, n, static)
         completions = _decode(base, cache, hidden, prompts, max_new_tokens, rules, noise)
     samples = []
-    for ids in completions:
-        samples.append(Sample(vlm.decode(processor, ids), ids, ids[-1] in stops))
+    for ids, logps in completions:
+        logps = logps if temperature else None
+        samples.append(Sample(vlm.decode(processor, ids), ids, ids[-1] in stops, logps))
     return [samples[i : i + n] for i in range(0, len(samples), n)]
 
 
@@ -121,13 +125,15 @@ def _decode(base, cache, hidden, prompts, max_new_tokens, rules, noise):
     rows = torch.arange(len(hidden), device=device)
     going = torch.ones_like(rows, dtype=torch.bool)
     drawn = rows.new_zeros(len(rows), max_new_tokens)
+    drawn_logps = drawn.float()
     lengths = torch.full_like(rows, max_new_tokens)
     for step in range(max_new_tokens):
         logits = base.lm_head(hidden).float()  # [N, V]
         logits.index_fill_(1, rules.banned, -torch.inf)
         chance = None if noise is None else noise[rows, step]
-        tokens = _draw(logits, rules.temperature, rules.top_p, chance)  # [N]
+        tokens, logps = _draw(logits, rules.temperature, rules.top_p, chance)  # [N], [N]
         drawn[rows, step] = tokens
+        drawn_logps[rows, step] = logps
         stopped = going & torch.isin(tokens, rules.stops)
         lengths[rows] = torch.where(stopped, step + 1, lengths[rows])
         going = going & ~stopped
@@ -146,24 +152,65 @@ def _decode(base, cache, hidden, prompts, max_new_tokens, rules, noise):
         position = first[rows] + step
         position = position[:, None, None].expand(-1, len(prompts[0].positions), 1)  # [N, 3 or 1, 1]
         hidden = token_step(base, cache, tokens, position)
-    ids = drawn.tolist()
-    return [ids[row][:length] for row, length in enumerate(lengths.tolist())]
+    lengths = lengths.tolist()
+    both = zip(drawn.tolist(), drawn_logps.tolist(), lengths, strict=True)
+    return [(ids[:length], logps[:length]) for ids, logps, length in both]
 
 
 def _draw(logits, temperature, top_p, noise):
-    """[N, V] logits → [N] token ids by inverse CDF of one random number a row."""
+    """[N, V] logits → [N] token ids by inverse CDF of one random number a row, [N] their log-probs (before
+    top-p)."""
     if not temperature:
-        return logits.argmax(-1)
+        return logits.argmax(-1), logits.new_zeros(len(logits))
     probs = (logits / temperature).softmax(-1)
+    allowed = probs
     if top_p < 1:
         ordered, index = probs.sort(-1, descending=True)
         before = ordered.cumsum(-1) - ordered
         ordered[before >= top_p] = 0  # the token that crosses top_p stays
-        probs = torch.zeros_like(probs).scatter_(-1, index, ordered)
-    cdf = probs.cumsum(-1)
+        allowed = torch.zeros_like(probs).scatter_(-1, index, ordered)
+    cdf = allowed.cumsum(-1)
     threshold = noise[:, None] * cdf[:, -1:]
-    found = torch.searchsorted(cdf, threshold, right=True)
-    return found[:, 0].clamp(max=logits.shape[-1] - 1)
+    tokens = torch.searchsorted(cdf, threshold, right=True)  # [N, 1]
+    tokens = tokens.clamp(max=logits.shape[-1] - 1)
+    return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
+
+
+def sample_in_parts(model, processor, prompts, n, max_new_tokens, temperature, rows, keys=None, **options):
+    """sample() with at most `rows` responses at once, and fewer where a GPU has no room for them.
+
+    → (list (a prompt) of lists of n Sample, rows that fitted). Raises Stopped where not even one fits.
+    """
+    if keys is None:
+        keys = range(len(prompts))
+    keys = list(keys)
+    groups = []
+    while len(groups) < len(prompts):
+        size = max(1, rows // n)
+        chunk = slice(len(groups), len(groups) + size)
+        found = [[] for _ in prompts[chunk]]
+        try:
+            for first in range(0, n, rows):  # several parts only where one prompt has more responses than fit
+                part = first, min(first + rows, n)
+                drawn = sample(
+                    *(model, processor, prompts[chunk], n, max_new_tokens, temperature),
+                    keys=keys[chunk],
+                    part=part,
+                    **options,
+                )
+                for group, samples in zip(found, drawn, strict=True):
+                    group += samples
+        except torch.OutOfMemoryError as error:
+            if rows == 1:
+                fault = common.first_line(error)
+                raise Stopped(f"no room for a single response ({fault}): lower --max-new-tokens") from None
+        else:
+            groups += found
+            continue
+        rows = max(1, min(rows, n * len(prompts)) // 2)
+        torch.cuda.empty_cache()
+        print(f"out of memory: going on with {rows} responses at once", flush=True)
+    return groups, rows
 
 
 def generate(
@@ -189,17 +236,19 @@ def generate(
     keys = list(keys)
     results = [[] for _ in items]
     order = sorted(range(len(items)), key=lambda i: -len(items[i][0]))
-    size = max(1, batch_rows // n)
-    for start in range(0, len(order), size):
-        chunk = order[start : start + size]
+    while order:
+        size = max(1, batch_rows // n)
+        chunk = order[:size]
+        order = order[size:]
         prompts = vlm.encode(model, processor, [items[i] for i in chunk])
-        options = {"top_p": top_p, "keys": [keys[i] for i in chunk], "static": static}
-        # more than one part only where a single prompt has more responses than fit
-        for first in range(0, n, batch_rows):
-            options["part"] = first, min(first + batch_rows, n)
-            groups = sample(model, processor, prompts, n, max_new_tokens, temperature, **options)
-            for i, samples in zip(chunk, groups, strict=True):
-                results[i] += samples
+        groups, batch_rows = sample_in_parts(
+            *(model, processor, prompts, n, max_new_tokens, temperature, batch_rows),
+            keys=[keys[i] for i in chunk],
+            top_p=top_p,
+            static=static,
+        )
+        for i, samples in zip(chunk, groups, strict=True):
+            results[i] = samples
         if progress is not None:
             progress.update(len(chunk))
     return results

@@ -313,6 +313,19 @@ def make_engine(model, args, config, micro_steps):
     return engine
 
 
+@contextmanager
+def out_of_memory(advice):
+    """Inside, a GPU without room ends the run with one line that names the arguments that help, and loses no
+    state."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        fault = common.first_line(error)
+        raise Stopped(
+            f"no room on the GPU ({fault}): {advice}; with them the run goes on from last/"
+        ) from None
+
+
 def zero_loss(model):
     """0 with a graph to every trainable parameter, for a rank that has nothing to add while the others do."""
     return sum(parameter.sum() for parameter in model.parameters() if parameter.requires_grad) * 0.0

@@ -1,7 +1,8 @@
-"""Kill 03 and 04 at random moments, start the same command again, and compare everything OUT holds with an uninterrupted run, bit by bit.
+"""Kill 03 and 04 at random moments, start the same command again, and compare everything OUT holds with an
+uninterrupted run, bit by bit.
 
-Half of the kill points count file operations in OUT, so that they fall inside saves, between the renames of best/ and while logs are cut;
-half are moments in time. Every second trial is killed twice.
+Half of the kill points count file operations in OUT, so that they fall inside saves, between the renames of
+best/ and while logs are cut; half are moments in time. Every second trial is killed twice.
 
     python -m tests.kill_points --points 20 --out runs/kills            # about ten minutes on two cores
 
@@ -106,7 +107,8 @@ def command(script, inputs, out, adapter=None):
 def digest(value):
     """Of everything a saved state holds; the bytes of a pickle also tell which strings were one object."""
     if isinstance(value, torch.Tensor):
-        return f"{value.dtype}{list(value.shape)}{hashlib.sha256(value.detach().contiguous().numpy().tobytes()).hexdigest()}"
+        content = hashlib.sha256(value.detach().contiguous().numpy().tobytes()).hexdigest()
+        return f"{value.dtype}{list(value.shape)}{content}"
     if isinstance(value, dict):
         return {str(key): digest(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set):
@@ -115,7 +117,8 @@ def digest(value):
 
 
 def contents(out):
-    """{file: what must not depend on a kill}: adapters and states by hash, logs as rows without the clock's fields."""
+    """{file: what must not depend on a kill}: adapters and states by hash, logs as rows without the clock's
+    fields."""
     found, out = {}, Path(out)
     for path in sorted(p for p in out.rglob("*") if p.is_file()):
         name = str(path.relative_to(out))
@@ -171,14 +174,10 @@ def run(folder, points, seed=0, scripts=("03_sft", "04_grpo"), say=print):
                 got, hits = trial(zygote, script, inputs, folder / f"{script}-killed", adapter, at)
             differ = [name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name)]
             kills, wrong = kills + sum(hits), wrong + bool(differ)
-            say(
-                f"{script} {number + 1:2}: {at} killed {hits} → {'bitwise equal' if not differ else f'DIFFERS in {differ}'}",
-                flush=True,
-            )
-        say(
-            f"{script}: {points} trials, {kills} kills, {wrong - before} differ; {len(expected)} things compared",
-            flush=True,
-        )
+            verdict = f"DIFFERS in {differ}" if differ else "bitwise equal"
+            say(f"{script} {number + 1:2}: {at} killed {hits} → {verdict}", flush=True)
+        counts = f"{points} trials, {kills} kills, {wrong - before} differ; {len(expected)} things compared"
+        say(f"{script}: {counts}", flush=True)
         adapter = adapter or whole / "best"
     zygote.close()
     return wrong

@@ -1,4 +1,5 @@
-"""A script as the deepspeed launcher starts it, with a probe or a fault put in first: rank_probe.py PATCH_FILE 03_sft args…"""
+"""A script as the deepspeed launcher starts it, with a probe or a fault put in first: rank_probe.py
+PATCH_FILE 03_sft args…"""
 
 import importlib
 import sys

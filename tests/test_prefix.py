@@ -1,4 +1,5 @@
-"""The prompt computed once: packed rows and shared caches against the plain path and against plain transformers."""
+"""The prompt computed once: packed rows and shared caches against the plain path and against plain
+transformers."""
 
 import pytest
 import torch
@@ -40,9 +41,10 @@ def completions_of(model, lengths):
 
 
 def transformers_logps(model, processor, items, completions, temperature=1.0):
-    """Log-probs [N, C] by the model's own forward pass, a row at a time: ids, image and token types in, logits out."""
+    """Log-probs [N, C] by the model's own forward pass, a row at a time: ids, image and token types in,
+    logits out."""
     rows = []
-    for (text, image), group in zip(items, completions):
+    for (text, image), group in zip(items, completions, strict=True):
         content = [{"type": "image"}, {"type": "text", "text": text}]
         chat = processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
@@ -96,7 +98,7 @@ def compare(model, processor, items, lengths, attention="sdpa", checkpointing=Fa
             else:
                 logps = transformers_logps(model, processor, items, completions, temperature)
             other = (logps.detach(), *loss_and_gradients(model, logps, mask))
-            found[name] = [off(ours, theirs) for ours, theirs in zip(packed, other)]
+            found[name] = [off(ours, theirs) for ours, theirs in zip(packed, other, strict=True)]
     finally:
         config._attn_implementation = vlm.SHARED_PREFIX
         model.gradient_checkpointing_disable()
@@ -136,7 +138,8 @@ def test_the_comparison_can_fail(loaded, fault, monkeypatch):
 
 
 def test_bf16_is_as_near_to_fp32_as_the_plain_path(loaded):
-    """Measured against fp32 log-probs and gradients of the same weights; bf16's own noise is what the plain path shows."""
+    """Measured against fp32 log-probs and gradients of the same weights; bf16's own noise is what the plain
+    path shows."""
     model, processor, items = loaded
     completions = completions_of(model, LENGTHS)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
@@ -156,16 +159,16 @@ def test_bf16_is_as_near_to_fp32_as_the_plain_path(loaded):
     finally:
         model.float().load_state_dict(weights)
         model.zero_grad()
-    for what, ours, theirs, truth in zip(("log-probs", "gradients"), shared, plain, exact):
-        print(
-            f"bf16 {what}: shared {off(ours, truth):.1e}, plain {off(theirs, truth):.1e} from fp32; {off(ours, theirs):.1e} apart"
-        )
+    for what, ours, theirs, truth in zip(("log-probs", "gradients"), shared, plain, exact, strict=True):
+        from_fp32 = f"shared {off(ours, truth):.1e}, plain {off(theirs, truth):.1e}"
+        print(f"bf16 {what} from fp32: {from_fp32}; {off(ours, theirs):.1e} apart")
         assert off(ours, truth) <= 2 * off(theirs, truth)
 
 
 @pytest.mark.parametrize("scale", [1, 40])
 def test_head_and_loss_in_one_equal_autograd(monkeypatch, scale):
-    """Tiles of 4 of 17 words, also where one word has nearly all the probability, against autograd in float64."""
+    """Tiles of 4 of 17 words, also where one word has nearly all the probability, against autograd in
+    float64."""
     monkeypatch.setattr(rollout, "VOCABULARY_TILE", 4)
     torch.manual_seed(0)
     weight, targets = torch.randn(17, 6, dtype=torch.float64) * scale, torch.randint(17, (11,))
@@ -208,7 +211,8 @@ def test_the_logits_of_all_tokens_never_exist(loaded, monkeypatch):
 
 @pytest.mark.parametrize("static", [False, True])
 def test_looks_at_the_device_once_in_sixteen_tokens(loaded, static, monkeypatch):
-    """What makes a GPU wait is counted: reading numbers back (item, tolist), and shapes that depend on numbers (nonzero)."""
+    """What makes a GPU wait is counted: reading numbers back (item, tolist), and shapes that depend on
+    numbers (nonzero)."""
     model, processor, items = loaded
     monkeypatch.setitem(rollout.LOOK_EVERY, "cpu", 16)
     monkeypatch.setattr(vlm, "stop_ids", lambda *_: [-1])
@@ -233,7 +237,8 @@ def test_looks_at_the_device_once_in_sixteen_tokens(loaded, static, monkeypatch)
 
 
 def test_late_looks_change_no_response(loaded, monkeypatch):
-    """Rows that are done go on unseen until the next look: what they draw then is no part of their response."""
+    """Rows that are done go on unseen until the next look: what they draw then is no part of their
+    response."""
     model, processor, items = loaded
     monkeypatch.setattr(vlm, "stop_ids", lambda *_: list(range(0, 120)))
     prompts = vlm.encode(model, processor, items)
@@ -256,19 +261,20 @@ def test_reference_and_policy_start_bitwise_equal(loaded):
     assert policy.requires_grad and torch.equal(policy, again)
 
 
-# ------------------------------------------------------------------------------------------------ sampling
+# -------------------------------------------------------------------------------- sampling
 
 
 @pytest.mark.parametrize("static", [False, True])
 def test_greedy_tokens_equal_generate(loaded, static):
-    """Four rows of two prompts of different length, LoRA on, against `generate` of a plain transformers model."""
+    """Four rows of two prompts of different length, LoRA on, against `generate` of a plain transformers
+    model."""
     model, processor, items = loaded
     items = [*items, items[1], items[0]]
     ours = rollout.generate(model, processor, items, n=2, max_new_tokens=80, temperature=0.0, static=static)
     config = decoder_config(model)
     try:
         config._attn_implementation = "sdpa"
-        for (text, image), samples in zip(items, ours):
+        for (text, image), samples in zip(items, ours, strict=True):
             content = [{"type": "image"}, {"type": "text", "text": text}]
             chat = processor.apply_chat_template(
                 [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
@@ -301,7 +307,7 @@ def test_sampled_tokens_equal_a_loop_without_cache(loaded, static, monkeypatch):
         s.finished == (s.completion_ids[-1] < 120) for group in groups for s in group
     )
     base = vlm.base_model(model)
-    for prompt, key, group in zip(prompts, "abc", groups):
+    for prompt, key, group in zip(prompts, "abc", groups, strict=True):
         noise = rollout.uniforms(4, 20, key)
         for row, sample in enumerate(group):
             for step, token in enumerate(sample.completion_ids):
@@ -320,7 +326,7 @@ def test_sampled_tokens_equal_a_loop_without_cache(loaded, static, monkeypatch):
                     )
                     logits = base.lm_head(hidden.last_hidden_state[:, -1])
                 logits[:, vlm.image_ids(model)] = -torch.inf
-                assert rollout._draw(logits, 1.0, 1.0, noise[row : row + 1, step]).item() == token
+                assert rollout._draw(logits, 1.0, 1.0, noise[row : row + 1, step])[0].item() == token
 
 
 def test_sampling_leaves_the_model_as_it_was(loaded):
@@ -340,7 +346,7 @@ def test_a_disabled_adapter_samples_the_base(loaded, tiny):
     assert [s.completion_ids for [s] in ours] == [s.completion_ids for [s] in theirs]
 
 
-# ------------------------------------------------------------------------------------------------ 04
+# -------------------------------------------------------------------------------- 04
 
 
 def test_pack_rows_by_hand():
@@ -403,7 +409,8 @@ sys.exit(grpo.main(grpo.parse_args()))
 
 
 def test_every_way_to_compute_an_update_gives_the_same(tiny, world, tmp_path):
-    """Shared, plain, and on two ranks split into rows with the constant group left out, so that one rank has more to do."""
+    """Shared, plain, and on two ranks split into rows with the constant group left out, so that one rank has
+    more to do."""
     constant = str(data.load_examples(world / "train.jsonl")[0].quintuples)
     (tmp_path / "grpo.py").write_text(REWARDS.format(constant=constant))
     shared = (

@@ -1,4 +1,5 @@
-"""OUT of a run as people copy, move and lose it; what may change between two pieces of a run, and what may not."""
+"""OUT of a run as people copy, move and lose it; what may change between two pieces of a run, and what may
+not."""
 
 import json
 import os
@@ -15,7 +16,8 @@ from tests.test_survive import folder, inputs, rows_of, sft, start, zygote  # no
 
 @pytest.fixture
 def stopped(start):  # noqa: F811
-    """OUT of 03, stopped after step 3 of 6: best/ of two validations, a state at step 2 gone for the one at 3."""
+    """OUT of 03, stopped after step 3 of 6: best/ of two validations, a state at step 2 gone for the one at
+    3."""
     answer = start("03_sft", "--stop-after", 3)
     assert answer["code"] == 0 and (answer["out"] / "state-3").is_dir(), answer["text"]
     return answer["out"]
@@ -71,7 +73,8 @@ def test_a_broken_state_of_the_right_size_is_one_line(start, stopped):  # noqa: 
 
 
 def test_without_links_the_newest_state_counts(start, sft):  # noqa: F811
-    patch = "from pathlib import Path\ndef none(self, *a): raise OSError(95, 'not supported')\nPath.symlink_to = none"
+    patch = "from pathlib import Path\ndef none(self, *a): raise OSError(95, 'not supported')\n"
+    patch += "Path.symlink_to = none"
     answer = start("03_sft", "--stop-after", 4, patch=patch)
     assert answer["code"] == 0 and "no links on this file system" in answer["text"]
     assert start("03_sft")["code"] == 0
@@ -91,7 +94,8 @@ def test_a_junk_line_in_a_log_is_one_line(start, stopped):  # noqa: F811
     assert answer["code"] == 2 and "metrics.jsonl:2: not a row of this log" in error_of(answer)
 
 
-# -------------------------------------------------------------------------------- what may change, and what may not
+# -------------------------------------------------------------------------------- what may change, and what
+# may not
 
 
 def test_memory_speed_place_and_spelling_may_change(start, inputs, stopped, tmp_path):  # noqa: F811
@@ -137,7 +141,8 @@ def test_fresh_deletes_nothing_before_the_new_run_can_start(start, stopped):  # 
     before = kill_points.contents(stopped)
     answer = start("03_sft", "--fresh", "--model", "nowhere", out=stopped)
     assert answer["code"] == 2 and kill_points.contents(stopped) == before
-    patch = "from lib import training\ndef broken(*a): raise MemoryError('no room')\ntraining.make_engine = broken"
+    patch = "from lib import training\ndef broken(*a): raise MemoryError('no room')\n"
+    patch += "training.make_engine = broken"
     start("03_sft", "--fresh", out=stopped, patch=patch)
     assert kill_points.contents(stopped) == before
 

@@ -1,4 +1,5 @@
-"""03 and 04 survive what a long run meets (SPEC §7): kills, signals, full disks, ranks that fail, numbers that are none."""
+"""03 and 04 survive what a long run meets (SPEC §7): kills, signals, full disks, ranks that fail, numbers
+that are none."""
 
 import fcntl
 import importlib
@@ -60,7 +61,7 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# ------------------------------------------------------------------------------------------------ killed, stopped, refused
+# -------------------------------------------------------------------------------- killed, stopped, refused
 
 
 def test_killed_anywhere_bitwise_the_same(folder):
@@ -145,7 +146,7 @@ def test_frozen_weights_are_not_written(sft, inputs):
     assert state and not [name for name in state if "lora_" not in name]
 
 
-# ------------------------------------------------------------------------------------------------ what a run leaves
+# -------------------------------------------------------------------------------- what a run leaves
 
 
 def test_curves_validation_and_metrics(start):
@@ -180,7 +181,7 @@ def test_merge_is_base_plus_adapter(arch, tmp_path):
         merge.merge_adapter(str(inputs["model"]), tmp_path / "untrained", tmp_path / "merged2")
 
 
-# ------------------------------------------------------------------------------------------------ named at the start
+# -------------------------------------------------------------------------------- named at the start
 
 FREEZE = "from lib import lora; add = lora.add_lora; lora.add_lora = lambda *a: add(*a).requires_grad_(False)"
 IMAGE_TOKENS = """
@@ -210,7 +211,10 @@ def moved(model, folder, **more):
     return model
 lora.load_adapter = moved
 """
-NO_SPACE = "import shutil, collections; shutil.disk_usage = lambda path: collections.namedtuple('usage', 'free')(2**20)"
+NO_SPACE = """
+import collections, shutil
+shutil.disk_usage = lambda path: collections.namedtuple("usage", "free")(2**20)
+"""
 NAN_REWARD = """
 import importlib
 grpo = importlib.import_module("04_grpo")
@@ -260,7 +264,7 @@ FAULTS = [
         ["--lr", 1e30],
         "",
         2,
-        r"step 2: loss nan.*; examples .*train-0000.*; kept in .*failed-step-2.jsonl; last/ is the state before",
+        r"step 2: loss nan.*; examples .*train-0000.*; kept in .*failed-step-2.jsonl; last/ is",
     ),
     (
         "04_grpo",
@@ -309,7 +313,7 @@ def test_numbers_that_mean_nothing(more, message, capsys):
     assert capsys.readouterr().err == f"error: {message} (--help tells all arguments)\n"
 
 
-# ------------------------------------------------------------------------------------------------ two ranks
+# -------------------------------------------------------------------------------- two ranks
 
 GRADIENTS = """
 import os, sys, torch
@@ -378,7 +382,9 @@ def test_two_ranks_equal_one_of_twice_the_batch(script, start, inputs, sft, tmp_
         relative = ((a - b).norm() / a.norm()).item()
         print(f"{script} step {step}: gradient norm {a.norm():.4g}, relative difference {relative:.2g}")
         assert a.norm() > 1e-4 and relative < 1e-4
-    for a, b in zip(rows_of(tmp_path / "one" / "metrics.jsonl"), rows_of(tmp_path / "two" / "metrics.jsonl")):
+    for a, b in zip(
+        rows_of(tmp_path / "one" / "metrics.jsonl"), rows_of(tmp_path / "two" / "metrics.jsonl"), strict=True
+    ):
         print(f"{script} loss {a['loss']:.8g} {b['loss']:.8g}")
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5, abs=1e-6) and a["grad_norm"] == pytest.approx(
             b["grad_norm"], rel=1e-4
@@ -391,6 +397,34 @@ def test_two_ranks_equal_one_of_twice_the_batch(script, start, inputs, sft, tmp_
     worst = max((a[name] - b[name]).abs().max().item() for name in a)
     print(f"{script}: adapters after two updates differ by at most {worst:.2g} at learning rate 1e-3")
     assert a.keys() == b.keys() and worst < 1e-3 * 0.05
+
+
+@pytest.mark.parametrize("first, second", [(1, 2), (2, 1)])
+def test_another_number_of_ranks_goes_on(first, second, start, inputs, tmp_path):
+    """Stopped by one number of ranks, finished by another: the moments are shared out anew, and the end is
+    the same to the tolerance of sums taken in another order."""
+    more = ["--lr", 1e-3, "--lora-dropout", 0, "--grad-accum", 1]
+
+    def run(ranks, out, *stop):
+        options = [*more, "--batch-size", 2 // ranks, *stop]
+        if ranks == 1:
+            answer = start("03_sft", *options, out=out)
+            return answer["code"], answer["text"]
+        done = launch("03_sft", kill_points.command("03_sft", inputs, out) + options, "", tmp_path)
+        return done.returncode, done.stdout
+
+    assert run(1, tmp_path / "whole")[0] == 0
+    code, text = run(first, tmp_path / "both", "--stop-after", 3)
+    assert code == 0, text
+    code, text = run(second, tmp_path / "both")
+    assert code == 0 and f"saved by {first} ranks, shared out to {second}" in text, text[-3000:]
+    a, b = (
+        torch.load(tmp_path / name / "last" / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+        for name in ("whole", "both")
+    )
+    worst = max((a[name] - b[name]).abs().max().item() for name in a)
+    print(f"{first} → {second} ranks: adapters differ by at most {worst:.2g} after six updates at 1e-3")
+    assert a.keys() == b.keys() and worst < 1e-3 * 0.1
 
 
 def test_one_rank_failing_ends_all_with_the_cause(inputs, sft, tmp_path):

@@ -1,4 +1,5 @@
-"""vlm.py, 03 and 04: the loss against TRL's, the model against plain transformers, the scripts as the README runs them."""
+"""vlm.py, 03 and 04: the loss against TRL's, the model against plain transformers, the scripts as the README
+runs them."""
 
 import json
 import math
@@ -16,11 +17,12 @@ from lib import data, lora, rollout, training, vlm
 
 sft, grpo = stage("03_sft"), stage("04_grpo")
 
-# ------------------------------------------------------------------------------------------------ GRPO's formulas
+# -------------------------------------------------------------------------------- GRPO's formulas
 
 
 def trl_loss(logps, ref_logps, advantages, mask, kl_coef):
-    """TRL's own loss code on the same numbers: loss_type grpo, k3 as in the paper, one update. Everything else it reads is off."""
+    """TRL's own loss code on the same numbers: loss_type grpo, k3 as in the paper, one update. Everything
+    else it reads is off."""
     from trl import GRPOTrainer
 
     trainer = SimpleNamespace(
@@ -127,7 +129,7 @@ def test_a_part_may_not_take_the_name_of_a_metric():
         grpo.metrics_row(sums)
 
 
-# ------------------------------------------------------------------------------------------------ data order, schedule
+# -------------------------------------------------------------------------------- data order, schedule
 
 
 def test_batches_cover_every_row_once_an_epoch_whatever_the_ranks():
@@ -145,7 +147,8 @@ def test_learning_rate():
     assert training.lr_at(60, 100, SimpleNamespace(lr=1.0, warmup_ratio=0.2, schedule="linear")) == 0.5
 
 
-# ------------------------------------------------------------------------------------------------ the model against plain transformers
+# -------------------------------------------------------------------------------- the model against plain
+# transformers
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -156,7 +159,10 @@ def loaded(request, tiny, world):
     return (
         model,
         processor,
-        [(text.format(text=example.text), example.image) for text, example in zip(texts, examples)],
+        [
+            (text.format(text=example.text), example.image)
+            for text, example in zip(texts, examples, strict=True)
+        ],
     )
 
 
@@ -172,7 +178,7 @@ def plain_inputs(processor, item):
 def test_greedy_tokens_equal_generate(loaded):
     model, processor, items = loaded
     ours = rollout.generate(model, processor, items, max_new_tokens=24, temperature=0.0)
-    for item, [sample] in zip(items, ours):
+    for item, [sample] in zip(items, ours, strict=True):
         inputs = plain_inputs(processor, item)
         out = model.generate(
             **inputs,
@@ -199,7 +205,7 @@ def test_logps_equal_the_plain_forward(loaded):
     logps = logps.detach()
     assert logps.shape == entropy.shape == mask.shape == (5, 9) and mask.sum(1).tolist() == [9, 1, 4, 2, 6]
     rows = iter(range(5))
-    for item, group in zip(items, completions):
+    for item, group in zip(items, completions, strict=True):
         inputs = plain_inputs(processor, item)
         start = inputs["input_ids"].shape[1]
         for ids in group:
@@ -250,9 +256,11 @@ def test_sampling_follows_the_distribution():
             order = probs.argsort(descending=True)
             keep = order[: int((probs[order].cumsum(0) < top_p).sum()) + 1]
             probs = torch.zeros(6).index_put((keep,), probs[keep]) / probs[keep].sum()
-        drawn = rollout._draw(logits.expand(40000, 6), temperature, top_p, torch.rand(40000))
+        drawn, logps = rollout._draw(logits.expand(40000, 6), temperature, top_p, torch.rand(40000))
+        expected = (logits / temperature).log_softmax(-1)[0, drawn]
+        torch.testing.assert_close(logps, expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(drawn.bincount(minlength=6) / 40000, probs, atol=0.01, rtol=0)
-    assert rollout._draw(logits, 0.0, 1.0, None).item() == logits.argmax()
+    assert rollout._draw(logits, 0.0, 1.0, None)[0].item() == logits.argmax()
 
 
 def test_special_tokens_in_a_tweet_are_text(loaded):
@@ -274,7 +282,7 @@ def test_lora_hits_the_language_model_only(loaded, tiny):
         lora.check_lora(model.requires_grad_(False))
 
 
-# ------------------------------------------------------------------------------------------------ SFT's mask
+# -------------------------------------------------------------------------------- SFT's mask
 
 
 def test_loss_covers_response_and_stop_id_and_nothing_else(loaded):
@@ -306,7 +314,8 @@ def test_target_texts():
     )
 
 
-# ------------------------------------------------------------------------------------------------ the scripts, as the README runs them
+# -------------------------------------------------------------------------------- the scripts, as the README
+# runs them
 
 
 def rows_of(path):
@@ -327,7 +336,9 @@ def test_sft_then_grpo_then_eval(arch, tiny, world, tmp_path):
     assert lora.read_recipe(out / "best").prompt == "reason"
     assert json.loads((out / "config.json").read_text())["lora_rank"] == 8
     card = (out / "best" / "README.md").read_text()
-    assert f"base_model: {model}" in card and "training data" in card and "More Information Needed" not in card
+    assert (
+        f"base_model: {model}" in card and "training data" in card and "More Information Needed" not in card
+    )
 
     options = "--no-val --group-size 4 --epochs 0.5 --max-new-tokens 12 --lr 1e-3"
     adapter = f"--adapter {out}/best"  # the base model is the adapter's

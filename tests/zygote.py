@@ -1,9 +1,11 @@
-"""A process that has loaded torch, DeepSpeed and the scripts once and forks a child for each run: what costs 15 s alone costs one or two.
+"""A process that has loaded torch, DeepSpeed and the scripts once and forks a child for each run: what costs
+15 s alone costs one or two.
 
-The child is the script: same main(args), own process group, own memory; it can be killed at any moment without harm to the next.
-One JSON request a line on stdin, one JSON answer a line on stdout.
+The child is the script: same main(args), own process group, own memory; it can be killed at any moment
+without harm to the next. One JSON request a line on stdin, one JSON answer a line on stdout.
 
-Request: {"script": "03_sft", "argv": [...], "log": FILE, and if wanted "kill_at": n-th file operation in OUT, "kill_after": seconds,
+Request: {"script": "03_sft", "argv": [...], "log": FILE, and if wanted "kill_at": n-th file operation in OUT,
+"kill_after": seconds,
           "signal": 9, "patch": Python text that the child runs first}
 Answer:  {"code": exit code, or -signal, "seconds": …, "events": file operations seen in OUT}
 """

@@ -25,7 +25,6 @@ Writes: OUT/best/ (PEFT adapter), OUT/last/, OUT/config.json, OUT/validation/ste
 import time
 
 import torch
-from tqdm import tqdm
 
 import common
 from common import InputError, at_least
@@ -140,8 +139,7 @@ def main(args):
 
     # 3. Train
     steps = run.resume(engine, total)
-    hidden = None if ranks.main else True
-    bar = tqdm(total=total, initial=total - len(steps), desc="sft", unit="step", disable=hidden)
+    bar = training.progress_bar("sft", total, steps, ranks)
     for step in steps:
         began = time.perf_counter()
         before = None if run.changed else training.fingerprint(model)

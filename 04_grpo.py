@@ -30,7 +30,6 @@ import argparse
 import time
 
 import torch
-from tqdm import tqdm
 
 import common
 from common import above, at_least
@@ -313,13 +312,7 @@ def main(args):
 
     # 3. Train
     steps = run.resume(engine, total)
-    bar = tqdm(
-        total=total,
-        initial=total - len(steps),
-        desc="grpo",
-        unit="step",
-        disable=None if ranks.main else True,
-    )
+    bar = training.progress_bar("grpo", total, steps, ranks)
     for step in steps:
         began = time.perf_counter()
         before = None if run.changed else training.fingerprint(model)
@@ -330,6 +323,7 @@ def main(args):
         batch = [train[indices[place]] for place in places]
 
         # 3a. Rollout: G responses of the current policy to each prompt
+        training.say(bar, "sampling")
         model.eval()  # KEEP: generation in train() under gradient checkpointing is silently wrong
         with ranks.together():
             items = [
@@ -366,6 +360,7 @@ def main(args):
         micro_steps = max(
             1, *ranks.gather(len(rows))
         )  # KEEP: the same on every rank, or they wait for each other for ever
+        training.say(bar, "update")
         sums = dict.fromkeys(("loss", "kl", "entropy", "gap"), 0.0)
         with training.out_of_memory("--pack-tokens, --gradient-checkpointing or a smaller --batch-size"):
             for micro in range(micro_steps):

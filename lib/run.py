@@ -202,10 +202,17 @@ class Run:
                 print(f"going on from step {self.state['step']} of {self.out / name}", flush=True)
         with self.ranks.together():
             if self.ranks.main:
+                if name:
+                    self._note_progress(self.state["step"])
                 for log in LOGS:
                     self._cut(self.out / log)
                 if (self.out / "metrics.jsonl").exists():
                     self.rows = [row for _, row in data.read_jsonl(self.out / "metrics.jsonl")]
+        if self.ranks.main:
+            print(
+                f"{self.out}/: metrics.jsonl (a row an update), curves.png and best/ (each validation)",
+                flush=True,
+            )
         self.ranks.barrier()
         return range(total if self.state["ended"] else self.state["step"], total)
 
@@ -376,9 +383,13 @@ class Run:
                     if (self.out / log).exists():
                         state.flush(self.out / log)  # KEEP: on the disk before the state counts as whole
                 state.finish(folder)
-                data.write_atomic(self.out / "progress.json", json.dumps({"saved": step}) + "\n")
+                self._note_progress(step)
                 self._sweep()
         self.ranks.barrier()
+
+    def _note_progress(self, step):
+        """So that a lost state is not taken for a run that never saved one."""
+        data.write_atomic(self.out / "progress.json", json.dumps({"saved": step}) + "\n")
 
     # ---------------------------------------------------------------- what is said
 

@@ -4,6 +4,7 @@ loss."""
 import argparse
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -12,13 +13,15 @@ import resource
 import socket
 import sys
 import traceback
-from contextlib import contextmanager
+import warnings
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import transformers
 from tqdm import tqdm
 
 import common
@@ -98,6 +101,7 @@ def setup(distributed=False, hours=None):
     hours: how long a rank may wait for the others before it gives up [NCCL's own default: ten minutes].
     """
     cuda = torch.cuda.is_available()
+    quieten(cuda)
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
@@ -116,6 +120,29 @@ def setup(distributed=False, hours=None):
             "nccl" if cuda else "gloo", device_id=device if cuda else None, timeout=timeout
         )
     return Ranks(rank, world, device)
+
+
+def quieten(cuda):
+    """What libraries say to each other's authors would bury what is said to the user: deprecations, choices
+    without choice."""
+    for package in ("torch", "transformers", "deepspeed", "peft"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{package}\.")
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it chose so
+    if os.environ.get("RANK", "0") != "0":
+        transformers.utils.logging.disable_progress_bar()  # rank 0 shows its own
+
+
+def progress_bar(name, total, steps, ranks):
+    """The bar of a run, on rank 0 and a terminal alone; steps: those still to do."""
+    hidden = None if ranks.main else True
+    return tqdm(total=total, initial=total - len(steps), desc=name, unit="step", disable=hidden)
+
+
+def say(bar, text):
+    """A sign of life inside a long step: what it is at, on a terminal."""
+    if sys.stderr.isatty():
+        bar.set_postfix_str(text)
 
 
 # -------------------------------------------------------------------------------- arguments
@@ -300,9 +327,12 @@ def make_engine(model, args, config, micro_steps):
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainable = [parameter for parameter in lora.check_lora(model).parameters() if parameter.requires_grad]
-    engine = deepspeed.initialize(
-        model=model, model_parameters=trainable, config=config, dist_init_required=False
-    )[0]
+    # each rank would say what it built
+    said = sys.stdout if os.environ.get("RANK", "0") == "0" else io.StringIO()
+    with redirect_stdout(said):
+        engine = deepspeed.initialize(
+            model=model, model_parameters=trainable, config=config, dist_init_required=False
+        )[0]
 
     def adapter_state(**_):
         return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}

@@ -34,9 +34,7 @@ def merge_adapter(name, adapter, out):
 
     def logits(model):
         with torch.no_grad():
-            hidden = vlm.base_model(model).model.language_model(
-                inputs_embeds=prompt.embeds[None], position_ids=vlm.as_rope(prompt.positions[None])
-            )
+            hidden = vlm.base_model(model).model.language_model(**vlm.decoder_inputs([prompt]))
             return vlm.base_model(model).lm_head(hidden.last_hidden_state[0]).float()  # [P, V]
 
     wanted = logits(model)

@@ -195,25 +195,22 @@ def _by_prompt(x, sizes):
     return pad_sequence(parts, batch_first=True).transpose(1, 2)
 
 
-def decoder(base, embeds, positions, layout):
-    """[N, L, D], [N, 3 or 1, L] → last hidden state [N, L, D] under a layout's attention."""
+def decoder(base, inputs, layout):
+    """vlm.decoder_inputs or vlm.token_inputs of N rows → last hidden state [N, L, D] under a layout's
+    attention."""
     language_model = base.model.language_model
     known = language_model.config._attn_implementation == vlm.SHARED_PREFIX
     assert known, "the layout would be ignored: load the model with vlm.load"
-    outputs = language_model(
-        inputs_embeds=embeds,
-        attention_mask=embeds.new_zeros(1, 1, 1, 1),  # unused; with four dimensions transformers builds none
-        position_ids=vlm.as_rope(positions),
-        use_cache=False,
-        layout=layout,
-    )
+    # with four dimensions transformers builds no mask of its own
+    unused = inputs["inputs_embeds"].new_zeros(1, 1, 1, 1)
+    outputs = language_model(**inputs, attention_mask=unused, use_cache=False, layout=layout)
     return outputs.last_hidden_state
 
 
-def token(base, cache, tokens, position):
-    """[N] token ids, [N, 3 or 1, 1] → their last hidden state [N, D]; the cache (Decoding) takes them in."""
-    embeds = base.get_input_embeddings()(tokens[:, None])
-    return decoder(base, embeds, position, cache)[:, 0]
+def token(base, cache, tokens, positions):
+    """[N] token ids, [N, 3 or 1] → their last hidden state [N, D]; the cache (Decoding) takes them in."""
+    embeds = base.get_input_embeddings()(tokens)
+    return decoder(base, vlm.token_inputs(embeds, positions), cache)[:, 0]
 
 
 class GraphedToken:
@@ -223,24 +220,24 @@ class GraphedToken:
     def __init__(self):
         self.shape = None
 
-    def __call__(self, base, cache, tokens, position):
+    def __call__(self, base, cache, tokens, positions):
         shape = len(tokens), cache.own[0].shape[3]
         if self.shape != shape:
             self.shape = shape
-            self._capture(base, cache, tokens, position)
+            self._capture(base, cache, tokens, positions)
         self.tokens.copy_(tokens)
-        self.position.copy_(position)
+        self.positions.copy_(positions)
         self.graph.replay()
         return self.hidden
 
-    def _capture(self, base, cache, tokens, position):
+    def _capture(self, base, cache, tokens, positions):
         self.tokens = tokens.clone()
-        self.position = position.clone()
+        self.positions = positions.clone()
         self.graph = torch.cuda.CUDAGraph()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.default_stream())
         with torch.cuda.stream(side):  # a run before the capture, as CUDA graphs ask for
-            token(base, cache, self.tokens, self.position)
+            token(base, cache, self.tokens, self.positions)
         torch.cuda.current_stream().wait_stream(side)
         with torch.cuda.graph(self.graph):
-            self.hidden = token(base, cache, self.tokens, self.position)
+            self.hidden = token(base, cache, self.tokens, self.positions)

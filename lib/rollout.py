@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 from torch.nn.utils.rnn import pad_sequence
 
 import common
@@ -106,9 +106,7 @@ def _prefill(base, prompts, n, static):
     """All prompts in one row, nothing padded → states that predict the first tokens [N, D], Decoding."""
     sizes = [len(prompt.embeds) for prompt in prompts]
     layout = Packed([(size, []) for size in sizes], keep=True)
-    positions = torch.cat([prompt.positions for prompt in prompts], 1)  # [3 or 1, ΣP]
-    embeds = torch.cat([prompt.embeds for prompt in prompts])  # [ΣP, D]
-    hidden = decoder(base, embeds[None], positions[None], layout)[0]
+    hidden = decoder(base, vlm.decoder_inputs([vlm.join(prompts)]), layout)[0]  # [ΣP, D]
     last = torch.tensor(sizes, device=hidden.device).cumsum(0) - 1
     hidden = hidden[last].repeat_interleave(n, 0)
     return hidden, Decoding(layout.kept, sizes, n, static)
@@ -149,9 +147,9 @@ def _decode(base, cache, hidden, prompts, max_new_tokens, rules, noise):
                 going = going[left]
                 cache.keep(left)
         cache.advance()
-        position = first[rows] + step
-        position = position[:, None, None].expand(-1, len(prompts[0].positions), 1)  # [N, 3 or 1, 1]
-        hidden = token_step(base, cache, tokens, position)
+        positions = first[rows] + step
+        positions = positions[:, None].expand(-1, len(prompts[0].positions))  # [N, 3 or 1]
+        hidden = token_step(base, cache, tokens, positions)
     lengths = lengths.tolist()
     both = zip(drawn.tolist(), drawn_logps.tolist(), lengths, strict=True)
     return [(ids[:length], logps[:length]) for ids, logps, length in both]
@@ -333,23 +331,18 @@ def _hidden_shared(base, prompts, completions):
     """→ [T, D]: the state that predicts each response token, out of one packed row for all groups."""
     device = base.lm_head.weight.device
     lookup = base.get_input_embeddings()
-    embeds, positions, groups, index = [], [], [], []
+    pieces, groups, index = [], [], []
     start = 0
     for prompt, group in zip(prompts, completions, strict=True):
-        lengths = [len(ids) for ids in group]
-        groups.append((len(prompt.embeds), lengths))
-        embeds.append(prompt.embeds)
-        positions.append(prompt.positions)
+        pieces.append(prompt)
+        groups.append((len(prompt.embeds), [len(ids) for ids in group]))
         last = start + len(prompt.embeds) - 1  # predicts every response's first token
         start = last + 1
         for ids in group:
-            embeds.append(lookup(torch.tensor(ids, device=device)).detach())
-            positions.append(vlm.response_positions(prompt, len(ids)))
+            pieces.append(vlm.respond(prompt, lookup(torch.tensor(ids, device=device)).detach()))
             index += [last, *range(start, start + len(ids) - 1)]
             start += len(ids)
-    embeds = torch.cat(embeds)  # [L, D]
-    positions = torch.cat(positions, 1)  # [3 or 1, L]
-    hidden = decoder(base, embeds[None], positions[None], Packed(groups))[0]
+    hidden = decoder(base, vlm.decoder_inputs([vlm.join(pieces)]), Packed(groups))[0]  # [L, D]
     return hidden[torch.tensor(index, device=device)]
 
 
@@ -357,30 +350,21 @@ def _hidden_plain(base, prompts, completions):
     """→ [T, D]: the same from one row [prompt | response | padding] for every response."""
     device = base.lm_head.weight.device
     lookup = base.get_input_embeddings()
-    pairs = []
+    rows, sizes = [], []
     for prompt, group in zip(prompts, completions, strict=True):
-        pairs += [(prompt, torch.tensor(ids, device=device)) for ids in group]
-    longest = max(len(prompt.embeds) + len(ids) for prompt, ids in pairs)
-    embeds, positions, mask, index = [], [], [], []
-    for row, (prompt, ids) in enumerate(pairs):
-        size = len(prompt.embeds)
-        total = size + len(ids)
-        short = longest - total
-        tokens = torch.cat([prompt.embeds, lookup(ids).detach()])
-        places = torch.cat([prompt.positions, vlm.response_positions(prompt, len(ids))], 1)
-        embeds.append(pad(tokens, (0, 0, 0, short)))
-        positions.append(pad(places, (0, short)))
-        mask.append([1] * total + [0] * short)
-        before = torch.arange(size - 1, total - 1, device=device)  # the position that predicts each token
-        index.append(row * longest + before)
-    outputs = base.model.language_model(
-        inputs_embeds=torch.stack(embeds),
-        attention_mask=torch.tensor(mask, device=device),
-        position_ids=vlm.as_rope(torch.stack(positions)),
-        use_cache=False,
-    )
-    hidden = outputs.last_hidden_state.flatten(0, 1)  # [N·L, D]
-    return hidden[torch.cat(index)]
+        for ids in group:
+            response = vlm.respond(prompt, lookup(torch.tensor(ids, device=device)).detach())
+            rows.append(vlm.join([prompt, response]))
+            sizes.append(len(prompt.embeds))
+    totals = [len(row.embeds) for row in rows]
+    longest = max(totals)
+    places = torch.arange(longest, device=device)
+    mask = places < torch.tensor(totals, device=device)[:, None]  # [N, L]
+    inputs = vlm.decoder_inputs([vlm.pad_to(row, longest) for row in rows])
+    outputs = base.model.language_model(**inputs, attention_mask=mask.long(), use_cache=False)
+    hidden = outputs.last_hidden_state  # [N, L, D]
+    # the position that predicts each token
+    return torch.cat([hidden[i, size - 1 : totals[i] - 1] for i, size in enumerate(sizes)])
 
 
 class TokenLogps(torch.autograd.Function):

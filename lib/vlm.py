@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 from transformers.utils import cached_file, is_torchvision_available
 
 import common
@@ -32,7 +33,8 @@ from common import InputError
 from lib import data
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
-ARCHITECTURES = ("qwen2_5_vl", "llava")
+# tested; others must prove themselves
+ARCHITECTURES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "llava", "llava_next")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SHARED_PREFIX = "shared_prefix"  # our attention, by the name that transformers knows it under
 MAX_PIXELS = 1024 * 28 * 28  # of an image: a phone photograph costs Qwen2.5-VL about a thousand tokens
@@ -55,8 +57,17 @@ def load(name, dtype=torch.float32, device="cpu", processor=None):
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"--model {name}: cannot load ({common.first_line(error)})") from None
+    inner = getattr(model, "model", None)
+    if not (
+        hasattr(inner, "language_model")
+        and hasattr(inner, "get_image_features")
+        and hasattr(model, "lm_head")
+    ):
+        kind = model.config.model_type
+        known = ", ".join(ARCHITECTURES)
+        raise InputError(f"--model {name}: a {kind} is not built as the families that work ({known})")
     # the decoder alone, not the vision tower
-    model.model.language_model.config._attn_implementation = SHARED_PREFIX
+    inner.language_model.config._attn_implementation = SHARED_PREFIX
     return model.requires_grad_(False).eval(), processor
 
 
@@ -70,9 +81,8 @@ def read_config(name):
         raise InputError(
             f"--model {name}: not a model folder, nor a hub model that can be had from here ({fault})"
         ) from None
-    if config.model_type not in ARCHITECTURES:
-        expected = ", ".join(ARCHITECTURES)
-        raise InputError(f"--model {name}: is a {config.model_type} model, expected one of {expected}")
+    if not hasattr(config, "vision_config"):
+        raise InputError(f"--model {name}: is a {config.model_type} model, which reads no images")
     return config
 
 
@@ -108,21 +118,23 @@ def load_processor(name, min_pixels=None, max_pixels=None):
 
 
 def _processor(name, kind):
-    """AutoProcessor. Without torchvision (a CPU machine) it cannot build Qwen2.5-VL's, whose video part needs
-    it: leave that part out."""
-    if is_torchvision_available() or kind != "qwen2_5_vl":
+    """AutoProcessor. Without torchvision (a CPU machine) it cannot build Qwen's, whose video part needs it:
+    leave that out."""
+    if is_torchvision_available() or "qwen" not in kind:
         return AutoProcessor.from_pretrained(name)
     from transformers import AutoImageProcessor, AutoTokenizer
-    from transformers.models.qwen2_5_vl import processing_qwen2_5_vl
+
+    class_name = PROCESSOR_MAPPING_NAMES[kind]
+    whole = processor_class_from_name(class_name)
+
+    def without_videos(self, image_processor=None, tokenizer=None, chat_template=None):
+        whole.__init__(self, image_processor, tokenizer, None, chat_template=chat_template)
 
     # the parent's name, because it is written into saved files
-    class Qwen2_5_VLProcessor(processing_qwen2_5_vl.Qwen2_5_VLProcessor):
-        def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
-            super().__init__(image_processor, tokenizer, None, chat_template=chat_template)
-
+    images_only = type(class_name, (whole,), {"__init__": without_videos})
     tokenizer = AutoTokenizer.from_pretrained(name)
     images = AutoImageProcessor.from_pretrained(name)
-    return Qwen2_5_VLProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
+    return images_only(images, tokenizer, chat_template=tokenizer.chat_template)
 
 
 def weights_digest(name):
@@ -169,12 +181,14 @@ class Prompt:
     """One prompt, image included, ready for the decoder. Computed once a step: sampling, reference and policy
     pass share it.
 
-    No graph: embeddings and vision tower are frozen.
+    No graph: embeddings and vision tower are frozen. A response, and a row packed of both, have the same
+    form.
     """
 
     embeds: torch.Tensor  # [P, D] token embeddings with the image features in place
-    # [3, P] (Qwen2.5-VL: time, height, width) or [1, P]; a response goes on at max + 1
-    positions: torch.Tensor
+    positions: torch.Tensor  # [3, P] (Qwen: time, height, width) or [1, P]; a response goes on at max + 1
+    # [K, P, D] added behind the first K layers (Qwen3-VL), 0 outside the image
+    deepstack: torch.Tensor | None = None
 
 
 @torch.no_grad()
@@ -189,15 +203,85 @@ def encode(model, processor, items):
     for text, image in items:
         inputs = processor_inputs(processor, text, image).to(base.lm_head.weight.device)
         ids = inputs["input_ids"]  # [1, P]
-        features, positions = _image_features(base, inputs)  # [image tokens, D], [3 or 1, P]
+        seen = _image_features(base, inputs)
+        features = torch.cat(list(seen.pooler_output))  # [image tokens, D]
         place = ids == base.config.image_token_id
         if place.sum() != len(features):
             found = f"{int(place.sum())} image tokens in the prompt, {len(features)} image features"
             raise InputError(f"{image}: {found}: the processor does not belong to this model")
         embeds = base.model.get_input_embeddings()(ids)
         embeds = embeds.masked_scatter(place[..., None], features.to(embeds.dtype))
-        prompts.append(Prompt(embeds[0], positions))
+        prompt = Prompt(embeds[0], _positions(base, inputs))
+        if getattr(seen, "deepstack_features", None):
+            prompt.deepstack = embeds.new_zeros(len(seen.deepstack_features), *embeds.shape[1:])
+            for layer, parts in zip(prompt.deepstack, seen.deepstack_features, strict=True):
+                layer[place[0]] = torch.cat(list(parts)).to(embeds.dtype)
+        prompts.append(prompt)
     return prompts
+
+
+def _image_features(base, inputs):
+    """The vision tower's output, with pooler_output: a list of [image tokens, D]."""
+    wanted = ("pixel_values", "image_grid_thw", "image_sizes")
+    inputs = {name: inputs[name] for name in wanted if name in inputs}
+    inputs["pixel_values"] = inputs["pixel_values"].to(base.dtype)
+    return base.model.get_image_features(**inputs)
+
+
+def _positions(base, inputs):
+    """[3 or 1, P]."""
+    ids = inputs["input_ids"]
+    if hasattr(base.model, "get_rope_index"):
+        positions, _ = base.model.get_rope_index(ids, inputs["mm_token_type_ids"], inputs["image_grid_thw"])
+        return positions[:, 0]
+    return torch.arange(ids.shape[1], device=ids.device)[None]
+
+
+def respond(prompt, embeds):
+    """A response to `prompt` as a piece of a row: [C, D] embeddings, positions that go on behind the
+    prompt."""
+    deepstack = prompt.deepstack
+    if deepstack is not None:
+        deepstack = deepstack.new_zeros(len(deepstack), *embeds.shape)
+    return Prompt(embeds, response_positions(prompt, len(embeds)), deepstack)
+
+
+def join(pieces):
+    """Pieces behind each other, as one."""
+    deepstack = None
+    if pieces[0].deepstack is not None:
+        deepstack = torch.cat([piece.deepstack for piece in pieces], 1)
+    embeds = torch.cat([piece.embeds for piece in pieces])
+    return Prompt(embeds, torch.cat([piece.positions for piece in pieces], 1), deepstack)
+
+
+def pad_to(piece, length):
+    """`piece` with zeros behind it, `length` positions in all."""
+    short = length - len(piece.embeds)
+    deepstack = None if piece.deepstack is None else pad(piece.deepstack, (0, 0, 0, short))
+    return Prompt(pad(piece.embeds, (0, 0, 0, short)), pad(piece.positions, (0, short)), deepstack)
+
+
+def decoder_inputs(rows):
+    """What the decoder takes of rows of one length, N of them: embeddings [N, L, D], positions, and what its
+    family adds."""
+    positions = torch.stack([row.positions for row in rows])  # [N, 3 or 1, L]
+    inputs = {
+        "inputs_embeds": torch.stack([row.embeds for row in rows]),
+        "position_ids": positions.transpose(0, 1) if positions.shape[1] == 3 else positions[:, 0],
+    }
+    if rows[0].deepstack is not None:
+        layers = torch.stack([row.deepstack for row in rows], 1).flatten(1, 2)  # [K, N·L, D]
+        inputs["visual_pos_masks"] = torch.ones_like(positions[:, 0], dtype=torch.bool)
+        inputs["deepstack_visual_embeds"] = list(layers)
+    return inputs
+
+
+def token_inputs(embeds, positions):
+    """The same for N single tokens of responses: embeds [N, D], positions [N, 3 or 1]."""
+    positions = positions[:, :, None]  # [N, 3 or 1, 1]
+    positions = positions.transpose(0, 1) if positions.shape[1] == 3 else positions[:, 0]
+    return {"inputs_embeds": embeds[:, None], "position_ids": positions}
 
 
 def processor_inputs(processor, text, image):
@@ -235,20 +319,6 @@ def plain_text(processor, text):
     return text
 
 
-def _image_features(base, inputs):
-    """→ image features [image tokens, D], positions [3 or 1, P]."""
-    inner = base.model
-    ids = inputs["input_ids"]
-    if "image_grid_thw" in inputs:
-        grid = inputs["image_grid_thw"]
-        features = inner.get_image_features(inputs["pixel_values"], grid).pooler_output
-        positions = inner.get_rope_index(ids, inputs["mm_token_type_ids"], grid)[0][:, 0]  # [3, P]
-    else:
-        features = inner.get_image_features(inputs["pixel_values"].to(base.dtype)).pooler_output
-        positions = torch.arange(ids.shape[1], device=ids.device)[None]  # [1, P]
-    return torch.cat(list(features)), positions
-
-
 def own_logits(model, processor, text, image, ids):
     """Logits of transformers' own forward over prompt and response `ids`, at the positions that predict the
     response and what follows it: [C + 1, V], fp32. What our passes are compared with."""
@@ -269,11 +339,6 @@ def response_positions(prompt, length):
     first = prompt.positions.max() + 1
     places = first + torch.arange(length, device=prompt.positions.device)
     return places.expand(len(prompt.positions), -1)
-
-
-def as_rope(positions):
-    """[B, 3 or 1, L] → what the decoder takes: [3, B, L] or [B, L]."""
-    return positions.transpose(0, 1) if positions.shape[1] == 3 else positions[:, 0]
 
 
 def decode(processor, ids):

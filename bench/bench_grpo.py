@@ -9,11 +9,11 @@ Memory is what a step adds to the loaded model, weights read; glibc gives freed 
 (MALLOC_MMAP_THRESHOLD_, for all three), or its fragmentation would hide the figure.
 Gradient checkpointing is off, use_bias_correction_kl is False (our k3), a group is a backward pass in all three.
 
-    python bench/bench_grpo.py --prompt-tokens 512 --completion-tokens 128 --group-size 8 --prompts 4          # one row
-    python bench/bench_grpo.py --group-size 2 4 8 16 32 --prompt-tokens 128 384 768 --completion-tokens 128 --ways ours plain   # a table
-    python bench/bench_grpo.py --arch llava --hidden 64 --layers 2 --vocab 1000 --prompt-tokens 160 --completion-tokens 16 --rounds 1
+    python -m bench.bench_grpo --prompt-tokens 512 --completion-tokens 128 --group-size 8 --prompts 4          # one row
+    python -m bench.bench_grpo --group-size 2 4 8 16 32 --prompt-tokens 128 384 768 --completion-tokens 128 --ways ours plain   # a table
+    python -m bench.bench_grpo --arch llava --hidden 64 --layers 2 --vocab 1000 --prompt-tokens 160 --completion-tokens 16 --rounds 1
     # the 7B's shape with random weights, on a GPU of 80 GB
-    python bench/bench_grpo.py --device cuda --dtype bf16 --static-cache --hidden 3584 --layers 28 --heads 28 --kv-heads 4 --ffn 18944 \
+    python -m bench.bench_grpo --device cuda --dtype bf16 --static-cache --hidden 3584 --layers 28 --heads 28 --kv-heads 4 --ffn 18944 \
       --vocab 152064 --lora-rank 128 --prompt-tokens 700 --completion-tokens 256 --group-size 8 --prompts 2
 
 Reads:  nothing; needs `trl` and `datasets` for --ways trl.
@@ -34,9 +34,8 @@ from statistics import median
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
-from demo import make_base
+from demo.base import build
 from lib import lora, rollout, vlm
 
 WAYS = ("ours", "plain", "trl")
@@ -50,7 +49,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("io")
     group.add_argument("--out", help="append every measurement to this JSONL")
     group = parser.add_argument_group("model")
-    group.add_argument("--arch", choices=make_base.ARCHS, default="qwen2_5_vl")
+    group.add_argument("--arch", choices=build.ARCHS, default="qwen2_5_vl")
     for name, value in (
         ("hidden", 512),
         ("layers", 8),
@@ -89,14 +88,14 @@ def parse_args(argv=None):
 
 def make_model(args, folder):
     """A checkpoint with random weights in `folder`, its vocabulary widened to --vocab."""
-    size = make_base.SIZE | {
+    size = build.SIZE | {
         "hidden": args.hidden,
         "layers": args.layers,
         "heads": args.heads,
         "kv_heads": args.kv_heads,
         "ffn": args.ffn,
     }
-    make_base.build(args.arch, folder, make_base.corpus(), size=size)
+    build.build(args.arch, folder, build.corpus(), size=size)
     config = vlm.AutoConfig.from_pretrained(folder)
     config.text_config.vocab_size = max(args.vocab, config.text_config.vocab_size)
     torch.manual_seed(0)
@@ -117,7 +116,7 @@ def make_items(processor, folder, count, tokens):
 
     items, side = (
         [],
-        make_base.SIDE * (4 if "qwen" in type(processor).__name__.lower() else 1),
+        build.SIDE * (4 if "qwen" in type(processor).__name__.lower() else 1),
     )  # 64 image tokens (Qwen), 16 (LLaVA)
     for i in range(count):
         image = Image.new("RGB", (side, side), (40 * i % 256, 90, 160))
@@ -367,7 +366,14 @@ def main(args):
             rows = {way: [] for way in args.ways}
             for _, way in itertools.product(range(args.rounds), args.ways):  # in turns
                 job = {"way": way, "model": folder, "P": prompt, "C": own, "G": n, "B": count}
-                command = [sys.executable, __file__, *sys.argv[1:], "--child", json.dumps(job)]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "bench.bench_grpo",
+                    *sys.argv[1:],
+                    "--child",
+                    json.dumps(job),
+                ]
                 done = subprocess.run(
                     command,
                     capture_output=True,

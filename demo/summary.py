@@ -1,7 +1,7 @@
 """What the seeds of ablations.sh come to: the tables and the figures of demo/RESULTS.md.
 
-    python demo/summary.py runs/ablations                                   # seeds 3 4 5
-    python demo/summary.py runs/ablations --seeds 4 --out figures.png
+    python -m demo.summary runs/ablations                                   # seeds 3 4 5
+    python -m demo.summary runs/ablations --seeds 4 --out figures.png
 
 Reads:  ROOT/seed-N/…, what 04 and 05 left there.  Writes: the tables, to the screen, each naming the run it lacks, if it does.
         --out: reward before, in and after GRPO, Figure 3 (gain by size of the group), Figure 5 (F1 of the vote of k responses).
@@ -9,13 +9,11 @@ Reads:  ROOT/seed-N/…, what 04 and 05 left there.  Writes: the tables, to the 
 
 import argparse
 import importlib
-import sys
 from pathlib import Path
 from statistics import mean
 
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 from demo import table
 from lib import data, scoring

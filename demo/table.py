@@ -1,19 +1,17 @@
 """The table of paradigms (Table 1) from what 05 left: quintuple P, R, F1, typed-entity F1, 95 % intervals, mean reward (Eq. 5).
 
-    python demo/table.py zero-shot=runs/demo/test-zero JMERE-R1=runs/demo/test-grpo
-    python demo/table.py JMERE-R1=runs/a/test-grpo,runs/b/test-grpo     # several seeds: mean ± standard deviation over them
-    python demo/table.py --votes JMERE-R1=runs/a/vote,runs/b/vote       # what many responses are worth (Figure 5)
+    python -m demo.table zero-shot=runs/demo/test-zero JMERE-R1=runs/demo/test-grpo
+    python -m demo.table JMERE-R1=runs/a/test-grpo,runs/b/test-grpo     # several seeds: mean ± standard deviation over them
+    python -m demo.table --votes JMERE-R1=runs/a/vote,runs/b/vote       # what many responses are worth (Figure 5)
 
 Reads:  metrics.json and predictions.jsonl in FOLDER of each NAME=FOLDER.  Writes: the table, to the screen.
 """
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from statistics import mean, stdev
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 from lib import data
 

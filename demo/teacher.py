@@ -4,7 +4,7 @@ It knows the picture world (world.py) and nothing of the files: what it says com
 answers is wrong, careless, malformed, leaking or refused, so that the filters of 02 have something to catch; the shares below were chosen
 before any result was looked at. The same request gets the same answer. Needs Pillow and what common.py does.
 
-    python demo/teacher.py --port 0 --ready-file runs/teacher.url      # writes http://127.0.0.1:PORT/v1 when it listens; SIGTERM ends it
+    python -m demo.teacher --port 0 --ready-file runs/teacher.url      # writes http://127.0.0.1:PORT/v1 when it listens; SIGTERM ends it
 
 Speaks: POST /v1/chat/completions (n, max_tokens, seed, usage, finish_reason, refusal), GET /v1/models.
 """
@@ -22,11 +22,9 @@ import sys
 import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 from demo import world
 from lib import data

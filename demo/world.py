@@ -11,7 +11,7 @@ types (Paris is a person, a city …), figures and sign decide relation and dire
 
 Each text comes with several pictures and different gold, so a model that does not look cannot know. No torch: the teacher imports this.
 
-    python demo/world.py --out runs/world --train 200 --val 40 --test 80
+    python -m demo.world --out runs/world --train 200 --val 40 --test 80
 
 Reads: nothing.
 Writes: OUT/{train,val,test}.jsonl and OUT/img/*.png; OUT/grey.jsonl, the last split again with one grey picture for all: the control
@@ -24,13 +24,11 @@ import functools
 import itertools
 import random
 import re
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image, ImageChops, ImageDraw
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 from lib import data
 

@@ -311,8 +311,8 @@ def test_server_speaks_to_the_real_client(server):
 
 def test_program_tells_its_url_and_ends_on_sigterm(tmp_path):
     ready = tmp_path / "url"
-    command = [sys.executable, str(ROOT / "demo" / "teacher.py"), "--port", "0", "--ready-file", str(ready)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "demo.teacher", "--port", "0", "--ready-file", str(ready)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         line = process.stdout.readline()
         assert line.strip().endswith(ready.read_text().strip())
@@ -332,12 +332,12 @@ def test_base_loads_forwards_and_generates(arch, tmp_path):
     torch = pytest.importorskip("torch")
     from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
-    from demo import make_base
+    from demo.base import build
 
-    texts = make_base.corpus()
-    made = make_base.build(arch, tmp_path, texts)
+    texts = build.corpus()
+    made = build.build(arch, tmp_path, texts)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
-    again = make_base.build(arch, tmp_path / "again", texts)
+    again = build.build(arch, tmp_path / "again", texts)
     assert all(
         torch.equal(a, b) and torch.equal(a, c)
         for a, b, c in zip(made.parameters(), model.parameters(), again.parameters())
@@ -396,7 +396,7 @@ def test_base_loads_forwards_and_generates(arch, tmp_path):
     assert tokenizer.eos_token_id in (end_ids if isinstance(end_ids, list) else [end_ids])
 
 
-SHIPPED = {  # arch: sha256 of the weights that the command in demo/make_base.py's docstring makes
+SHIPPED = {  # arch: sha256 of the weights that the command in demo/base/school.py's docstring makes
     "qwen2_5_vl": "7838ffe81788183a4871d38fa3fb7533d938e51b5791280006c82035e706ea30",
     "llava": "e81361ef87ce5fd042a77b75e54c0b946e3b4523761f3bf790e0140f63a2c9fb",
 }
@@ -407,29 +407,29 @@ def test_shipped_base_is_the_one_made_here_and_sees_and_copies(arch):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-    from demo import make_base
+    from demo.base import school
 
-    folder = ROOT / "demo" / f"base-{arch}"
+    folder = ROOT / "demo" / "base" / arch
     weights = (folder / "model.safetensors").read_bytes()
     assert hashlib.sha256(weights).hexdigest() == SHIPPED[arch]
     assert len(weights) <= 8 * 2**20
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     scenes = world.scenes()[::30]  # it met none of the grammar's scenes
-    pictures = make_base.Pictures(arch, folder, seed=1)
-    chat = make_base.Chat(arch, AutoTokenizer.from_pretrained(folder))
-    exact = make_base.check(model, chat, pictures, scenes, seed=3)
+    pictures = school.Pictures(arch, folder, seed=1)
+    chat = school.Chat(arch, AutoTokenizer.from_pretrained(folder))
+    exact = school.check(model, chat, pictures, scenes, seed=3)
     assert exact["captions"] > 0.9
     assert exact["names"] > 0.8
     pictures.values = {scene: torch.zeros_like(pixels) for scene, pixels in pictures.values.items()}
-    assert make_base.check(model, chat, pictures, scenes, seed=3)["captions"] < 0.1
+    assert school.check(model, chat, pictures, scenes, seed=3)["captions"] < 0.1
 
 
 def test_base_never_meets_the_answer_format():
     """What the base learns from: no prompt of ours, no tag, no two things in one bracket, and no name with a type or a relation."""
-    from demo import make_base
+    from demo.base import lessons
 
-    texts = "\n".join(make_base.generic(3000))
+    texts = "\n".join(lessons.generic(3000))
     assert len(texts) > 50000
     for forbidden in (
         "<",
@@ -449,24 +449,24 @@ def test_training_is_seeded_and_changes_every_part(tmp_path):
     from safetensors.torch import load_file
     from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-    from demo import make_base
+    from demo.base import build, school
 
-    texts = make_base.corpus()
+    texts = build.corpus()
     start = {
         name: value.clone()
-        for name, value in make_base.build("qwen2_5_vl", tmp_path / "start", texts).state_dict().items()
+        for name, value in build.build("qwen2_5_vl", tmp_path / "start", texts).state_dict().items()
     }
-    chat = make_base.Chat("qwen2_5_vl", AutoTokenizer.from_pretrained(tmp_path / "start"))
+    chat = school.Chat("qwen2_5_vl", AutoTokenizer.from_pretrained(tmp_path / "start"))
     ends = []
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
-        args = make_base.parse_args(
-            ["--out", str(tmp_path / name), "--train", "2", "--tokens", "300", "--seed", seed]
+        args = school.parse_args(
+            ["--out", str(tmp_path / name), "--steps", "2", "--tokens", "300", "--seed", seed]
         )
         model = AutoModelForImageTextToText.from_pretrained(tmp_path / "start")
-        make_base.learn(
-            model, chat, make_base.Pictures("qwen2_5_vl", tmp_path / "start", 0), world.scenes()[:40], args
+        school.learn(
+            model, chat, school.Pictures("qwen2_5_vl", tmp_path / "start", 0), world.scenes()[:40], args
         )
-        make_base.save(model, tmp_path / name)
+        school.save(model, tmp_path / name)
         ends.append(load_file(tmp_path / name / "model.safetensors"))
         again = AutoModelForImageTextToText.from_pretrained(tmp_path / name, dtype=torch.float32).state_dict()
         assert all(
@@ -499,8 +499,10 @@ def test_table_reads_what_05_wrote(tmp_path):
     (tmp_path / "predictions.jsonl").write_text(
         stored(RIGHT, "no answer", texts="a") + stored(RIGHT, RIGHT, texts="b")
     )
-    table = [sys.executable, str(ROOT / "demo" / "table.py")]
-    done = subprocess.run([*table, f"JMERE-R1={tmp_path}"], capture_output=True, text=True, check=True)
+    table = [sys.executable, "-m", "demo.table"]
+    done = subprocess.run(
+        [*table, f"JMERE-R1={tmp_path}"], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     assert done.stdout.splitlines()[2].split("|")[1:-1] == [
         " JMERE-R1     ",
         " 50.0    ",
@@ -527,6 +529,7 @@ def test_table_reads_what_05_wrote(tmp_path):
         capture_output=True,
         text=True,
         check=True,
+        cwd=ROOT,
     )
     assert [cell.strip() for cell in done.stdout.splitlines()[2].split("|")[1:-1]] == [
         "two",
@@ -544,7 +547,7 @@ def test_table_reads_what_05_wrote(tmp_path):
         ["F1@1", "F1@2", "F1@3", "bestofN", "distinctanswers", "paths"],
         ["50.0", "60.0", "70.0", "80.0", "1.5", "2.0"],
     ]
-    missing = subprocess.run([*table, "x=nowhere"], capture_output=True, text=True)
+    missing = subprocess.run([*table, "x=nowhere"], capture_output=True, text=True, cwd=ROOT)
     assert missing.returncode == 2
     assert "nowhere/metrics.json: no scores to read" in missing.stderr
 
@@ -586,7 +589,8 @@ def test_summary_shares_the_gain_and_draws(tmp_path):
 
     command = [
         sys.executable,
-        str(ROOT / "demo" / "summary.py"),
+        "-m",
+        "demo.summary",
         str(tmp_path),
         "--seeds",
         "1",
@@ -594,7 +598,7 @@ def test_summary_shares_the_gain_and_draws(tmp_path):
         "--out",
         str(tmp_path / "x.png"),
     ]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()]
     assert [
         "CoT-SFT",
@@ -631,11 +635,11 @@ def test_summary_shares_the_gain_and_draws(tmp_path):
     assert f"{folders[0] / 'test-no-partial'} was not made." in printed
     assert Image.open(tmp_path / "x.png").size == (960, 288)
 
-    missing = subprocess.run([*command, "--seeds", "3"], capture_output=True, text=True)
+    missing = subprocess.run([*command, "--seeds", "3"], capture_output=True, text=True, cwd=ROOT)
     assert missing.returncode == 2
     assert "seed-3/test-zero/metrics.json: no scores to read" in missing.stderr
     (folders[1] / "grpo" / "metrics.jsonl").unlink()
-    untrained = subprocess.run(command, capture_output=True, text=True)
+    untrained = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert untrained.returncode == 2
     assert "seed-2/grpo/metrics.jsonl: cannot read" in untrained.stderr
 
@@ -643,7 +647,8 @@ def test_summary_shares_the_gain_and_draws(tmp_path):
 def test_command_line_writes_what_it_says(tmp_path):
     command = [
         sys.executable,
-        str(ROOT / "demo" / "world.py"),
+        "-m",
+        "demo.world",
         "--out",
         str(tmp_path),
         "--train",
@@ -654,7 +659,7 @@ def test_command_line_writes_what_it_says(tmp_path):
         "2",
     ]
     environment = {**os.environ, "PYTHONPATH": ""}
-    subprocess.run(command, check=True, cwd=tmp_path, env=environment, capture_output=True)
+    subprocess.run(command, check=True, cwd=ROOT, env=environment, capture_output=True)
     row = json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0])
     assert list(row) == ["id", "text", "image", "quintuples"]
     assert (tmp_path / row["image"]).exists()

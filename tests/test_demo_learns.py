@@ -13,7 +13,7 @@ import common
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = {"VAL": "12", "TEST": "40", "EPOCHS_RL": "0.03", "EPOCHS_ONLY_RL": "0.01"}
-EIGHT = """deepspeed --num_gpus 1 --master_port $PORT 04_grpo.py --model demo/base-llava --adapter "$WORK/sft/best" --out "$WORK/eight" \\
+EIGHT = """deepspeed --num_gpus 1 --master_port $PORT 04_grpo.py --model demo/base/llava --adapter "$WORK/sft/best" --out "$WORK/eight" \\
     --data "$WORK/world/eight.jsonl" --epochs 10 --batch-size 8 --group-size 8 --temperature 0.4 --lr 3e-4 --max-new-tokens 192 \\
     --skip-constant-groups"""
 

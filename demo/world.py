@@ -481,10 +481,19 @@ def gallery(place, night):
 
 PER_TEXT = 4  # pictures of a text
 # Types of a text's names, drawn with equal chance. The third stands for whatever a poster can show.
-PATTERNS = (
-    "per per, per per org, per per loc, per per misc, per org, per loc, "
-    "misc per, loc per, org loc, loc loc, misc loc"
-).split(", ")
+PATTERNS = [
+    "per per",
+    "per per org",
+    "per per loc",
+    "per per misc",
+    "per org",
+    "per loc",
+    "misc per",
+    "loc per",
+    "org loc",
+    "loc loc",
+    "misc loc",
+]
 
 
 def group(rng):

@@ -118,6 +118,5 @@ evaluate test-grpo test --adapter "$WORK/grpo/best" --report
 evaluate test-grey grey --adapter "$WORK/grpo/best"
 
 step "9. the table"
-python -m demo.table "zero-shot=$WORK/test-zero" "SFT=$WORK/test-answer" "CoT-SFT=$WORK/test-sft" "Only-RL=$WORK/test-only-rl" \
-  "JMERE-R1=$WORK/test-grpo" "JMERE-R1, grey images=$WORK/test-grey" | tee "$WORK/table.md"
+python -m demo.tables "$WORK" | tee "$WORK/table.md"
 echo "$((SECONDS / 60)) min $((SECONDS % 60)) s. Everything is in $WORK; open $WORK/test-grpo/report.html."

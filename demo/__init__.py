@@ -1,1 +1,1 @@
-"""The embedded default: a small picture world, a tiny model of the real classes, a rule-based teacher, and run.sh."""
+"""The embedded default: a small picture world, tiny models of the real classes, a rule-based teacher."""

@@ -4,8 +4,8 @@
     python -m demo.tables runs/ablations/seed-* --figures figures.png        # of several seeds: mean ± sd
 
 Reads:  WORK/*/metrics.json and predictions.jsonl of 05; for --figures also WORK/grpo/metrics.jsonl of 04.
-Writes: the tables, to the screen, each naming the run it lacks, if it does. --figures: the reward before, in and
-after GRPO, Figure 3 (gain by size of the group), Figure 5 (F1 of the vote of k responses).
+Writes: the tables, to the screen, each naming the run it lacks, if it does. --figures: the reward before, in
+and after GRPO, Figure 3 (gain by size of the group), Figure 5 (F1 of the vote of k responses).
 """
 
 import argparse

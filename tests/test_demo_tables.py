@@ -103,7 +103,7 @@ def test_gain_is_shared_and_has_a_paired_bootstrap(seeds):
     assert [won["zero-shot"], won["CoT-SFT"], won["JMERE-R1"]] == ["25.0", "50.0", "100.0"]
     assert (won["from SFT"], won["from GRPO"]) == ("33 %", "67 %")
     assert won["GRPO's gain (95 %)"] == "+50.0 (0.0 … 100.0)"
-    # Both tweets right against one: a quarter of all resamples holds only the one that both get right, so p ≈ ½.
+    # Both tweets right against one. A quarter of all resamples holds only what both get right: p is about ½.
     assert 0.4 < float(won["p"]) < 0.6
     assert won["test reward"] == "0.75 → 1.50"
     assert (lost["from SFT"], lost["from GRPO"]) == ("no gain", "no gain")

@@ -3,7 +3,7 @@
 #
 #   bash demo/ablations.sh                                   # seeds 3 4 5, one after the other
 #   RANKS=1 SEEDS=4 PORT=29501 bash demo/ablations.sh        # one of them, beside another
-#   python demo/summary.py runs/ablations                    # then the tables of all that were run
+#   python -m demo.tables runs/ablations/seed-*              # then the tables of all that were run
 #
 # ROOT      folder of everything (default runs/ablations); run again, it goes on where it stood
 # SEEDS     default "3 4 5", since 0, 1 and 2 served to choose the settings;  PARTS  beside the five paradigms (default "figure5 table2 figure3")
@@ -39,7 +39,9 @@ figure5() { # many responses
 }
 
 began=$SECONDS
+folders=()
 for SEED in $SEEDS; do
+  folders+=("$ROOT/seed-$SEED")
   (
     WORK=$ROOT/seed-$SEED
     . demo/run.sh
@@ -48,5 +50,5 @@ for SEED in $SEEDS; do
 done
 
 export PATH="$(cd "${DEMO_VENV:-.venv}/bin" && pwd):$PATH"
-python demo/summary.py "$ROOT" --seeds $SEEDS --out "$ROOT/figures.png" | tee "$ROOT/tables.md"
+python -m demo.tables "${folders[@]}" --figures "$ROOT/figures.png" | tee "$ROOT/tables.md"
 echo "$(((SECONDS - began) / 60)) minutes; the tables are in $ROOT/tables.md, the curves in $ROOT/figures.png."

@@ -18,7 +18,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 ARCH=${ARCH:-llava}
 WORK=${WORK:-runs/demo-$ARCH}
-MODEL=demo/base-$ARCH SEED=${SEED:-0} TRAIN_SEED=${TRAIN_SEED:-0} SFT_LR=${SFT_LR:-3e-3} RL_LR=${RL_LR:-1e-4} TEMPERATURE=${TEMPERATURE:-0.4}
+MODEL=demo/base/$ARCH SEED=${SEED:-0} TRAIN_SEED=${TRAIN_SEED:-0} SFT_LR=${SFT_LR:-3e-3} RL_LR=${RL_LR:-1e-4} TEMPERATURE=${TEMPERATURE:-0.4}
 TRAIN=${TRAIN:-480} VAL=${VAL:-40} TEST=${TEST:-200} TOKENS=${TOKENS:-192}
 EPOCHS_SFT=${EPOCHS_SFT:-3} EPOCHS_RL=${EPOCHS_RL:-1} EPOCHS_ONLY_RL=${EPOCHS_ONLY_RL:-0.1}
 stop() { # EXIT-CODE message
@@ -60,14 +60,14 @@ GPUS=$(python -c 'import torch; print(torch.cuda.device_count())')
 
 step "1. the world: $TRAIN / $VAL / $TEST tweets with pictures"
 mkdir -p "$WORK"
-run python demo/world.py --out "$WORK/world" --train "$TRAIN" --val "$VAL" --test "$TEST" --seed "$SEED"
+run python -m demo.world --out "$WORK/world" --train "$TRAIN" --val "$VAL" --test "$TEST" --seed "$SEED"
 
 step "2. the model: a tiny $ARCH"
-echo "$MODEL: learnt to see and to copy, nothing else (demo/make_base.py --train)"
+echo "$MODEL: learnt to see and to copy, nothing else (demo/base/school.py)"
 
 step "3. the teacher"
 rm -f "$WORK/teacher.url"
-python demo/teacher.py --port 0 --ready-file "$WORK/teacher.url" --seed "$SEED" &
+python -m demo.teacher --port 0 --ready-file "$WORK/teacher.url" --seed "$SEED" &
 TEACHER=$!
 trap 'kill "$TEACHER" 2>/dev/null || true; wait "$TEACHER" 2>/dev/null || true' EXIT
 until [ -s "$WORK/teacher.url" ]; do
@@ -118,6 +118,5 @@ evaluate test-grpo test --adapter "$WORK/grpo/best" --report
 evaluate test-grey grey --adapter "$WORK/grpo/best"
 
 step "9. the table"
-python demo/table.py "zero-shot=$WORK/test-zero" "SFT=$WORK/test-answer" "CoT-SFT=$WORK/test-sft" "Only-RL=$WORK/test-only-rl" \
-  "JMERE-R1=$WORK/test-grpo" "JMERE-R1, grey images=$WORK/test-grey" | tee "$WORK/table.md"
+python -m demo.tables "$WORK" | tee "$WORK/table.md"
 echo "$((SECONDS / 60)) min $((SECONDS % 60)) s. Everything is in $WORK; open $WORK/test-grpo/report.html."

@@ -1,10 +1,13 @@
-"""The demo's teacher: an OpenAI-compatible server on loopback that looks at the image it is sent, reads the prompt, and answers.
+"""The demo's teacher: an OpenAI-compatible server on loopback that looks at the image it is sent and answers.
 
-It knows the picture world (world.py) and nothing of the files: what it says comes from the pixels and the prompt. A seeded share of its
-answers is wrong, careless, malformed, leaking or refused, so that the filters of 02 have something to catch; the shares below were chosen
-before any result was looked at. The same request gets the same answer. Needs Pillow and what common.py does.
+It knows the picture world (world.py) and nothing of the files: what it says comes from the pixels and the
+prompt. A seeded share of its answers is wrong, careless, malformed, leaking or refused, so that the filters
+of 02 have something to catch; the shares below were chosen before any result was looked at. The same request
+gets the same answer. Needs Pillow and what common.py does.
 
-    python demo/teacher.py --port 0 --ready-file runs/teacher.url      # writes http://127.0.0.1:PORT/v1 when it listens; SIGTERM ends it
+    python -m demo.teacher --port 0 --ready-file runs/teacher.url
+
+writes http://127.0.0.1:PORT/v1 into that file when it listens; SIGTERM ends it.
 
 Speaks: POST /v1/chat/completions (n, max_tokens, seed, usage, finish_reason, refusal), GET /v1/models.
 """
@@ -22,11 +25,9 @@ import sys
 import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 from demo import world
 from lib import data
@@ -43,26 +44,13 @@ REFUSED = 0.03
 SLIP = 0.04  # a re-prediction that loses or turns a quintuple
 UNSCORED = 0.02  # a judgement without scores
 NOISE = 0.10  # a judgement one point up or down in one rule; up on full points stays
-ZERO_SHOT = (
-    0.15  # right, when asked without reasoning to follow: a model that sees but does not know the label set
-)
+ZERO_SHOT = 0.15  # right, when nothing was distilled: a model that sees but does not know the label set
 
 REFUSAL = "I'm sorry, I can't assist with that."
 BLIND = "I cannot make out this image."
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--ready-file", help="the base URL is written here once the server listens [ours]")
-    parser.add_argument("--seed", type=int, default=0, help="of its faults [ours]")
-    parser.add_argument("--port", type=int, default=0, help="0: any free one [ours]")
-    parser.add_argument("--latency", type=float, default=0.0, help="seconds before each answer [ours]")
-    return parser.parse_args(argv)
-
-
-# ------------------------------------------------------------------------------------------------ reading the prompt
+# ------------------------------------------------------------------------------------------------ prompts
 
 
 def pattern(template):
@@ -80,7 +68,7 @@ TASKS = {  # task: how its prompt reads
 
 
 def recognise(prompt):
-    """→ (task, what was filled in), or (None, {})."""
+    """→ (task, {name: what was filled in}), or (None, {}) where the prompt is none of ours."""
     for task, regex in TASKS.items():
         match = regex.fullmatch(prompt.strip())
         if match:
@@ -88,49 +76,56 @@ def recognise(prompt):
     return None, {}
 
 
-# ------------------------------------------------------------------------------------------------ answering: (fields, scene, rng) → text
+# ------------------------------------------------------------------------------------------------ answers
+# Each function takes what was filled into its prompt, the scene that the picture shows and a random
+# generator, and returns a text.
 
 
 def distill(fields, scene, rng):
     """The three parts of MP-CoT, or one of the faults above. None is a refusal."""
-    text, gold = fields["text"], common.parse_response(fields["gold"], direct=True).quintuples
-    names, good = world.names_in(text), world.chain(text, scene, gold)
+    text = fields["text"]
+    gold = common.parse_response(fields["gold"], direct=True).quintuples
+    good = world.chain(text, scene, gold)
     lines = good.split("\n")
     parts = [line.partition(": ")[2] for line in lines]
     leak = " ".join(world.step(q, "the given quintuples say") for q in gold)
-    lost = rng.randrange(3)
-    faults = (
-        (REFUSED, None),
-        (MALFORMED, "\n".join(lines[:lost] + lines[lost + 1 :])),
-        (LEAKED, world.cot(*parts[:2], leak)),
-        (CARELESS, world.cot(world.describe(misread(scene, rng)), "the tweet fits the image.", parts[2])),
-        (WRONG, world.chain(text, other_scene(names, scene, rng))),
-    )
-    shares, answers = zip(*faults)
-    return rng.choices((*answers, good), (*shares, 1 - sum(shares)))[0]
+    lost = rng.randrange(len(lines))
+    careless = world.describe(misread(scene, rng))
+    other = other_scene(world.names_in(text), scene, rng)
+    shares = [REFUSED, MALFORMED, LEAKED, CARELESS, WRONG]
+    answers = [
+        None,
+        "\n".join(lines[:lost] + lines[lost + 1 :]),
+        world.cot(*parts[:2], leak),
+        world.cot(careless, "the tweet fits the image.", parts[2]),
+        world.chain(text, other),
+    ]
+    return rng.choices([*answers, good], [*shares, 1 - sum(shares)])[0]
 
 
 def misread(scene, rng):
     """The scene with both colours and the time of day mistaken."""
-    recolour = [
-        f._replace(colour=rng.choice([c for c in world.COLOURS if c != f.colour]))
-        for f in (scene.left, scene.right)
-    ]
-    return scene._replace(left=recolour[0], right=recolour[1], night=not scene.night)
+    figures = []
+    for figure in (scene.left, scene.right):
+        others = [colour for colour in world.COLOURS if colour != figure.colour]
+        figures.append(figure._replace(colour=rng.choice(others)))
+    return scene._replace(left=figures[0], right=figures[1], night=not scene.night)
 
 
 def other_scene(names, scene, rng):
-    return rng.choice(
-        [other for other in world.scenes() if other != scene and world.fits(names, other)] or [scene]
-    )
+    """Another scene in which the names can be; this one where there is no other."""
+    others = [other for other in world.scenes() if other != scene and world.fits(names, other)]
+    return rng.choice(others or [scene])
 
 
 def repredict(fields, scene, rng):
     """What the reasoning states, whatever the picture shows."""
-    reasoning = fields["cot"].rpartition(common.COT_PARTS[2])[2].lstrip(": ")
+    last_heading = list(common.COT_PARTS)[-1]
+    reasoning = fields["cot"].rpartition(last_heading)[2].lstrip(": ")
     found = [q for q, _ in world.steps(reasoning)]
     if found and rng.random() < SLIP:
-        found = found[1:] or [found[0]._replace(head=found[0].tail, tail=found[0].head)]
+        first = found[0]
+        found = found[1:] or [first._replace(head=first.tail, tail=first.head)]
     return common.format_answer(found)
 
 
@@ -141,7 +136,8 @@ def score(fields, scene, rng):
     points = judge(fields["text"], fields["cot"], scene)
     if rng.random() < NOISE:
         i = rng.randrange(len(points))
-        points[i] = min(max(points[i] + rng.choice((-1, 1)), 0), common.SCORE_RULES[i][2])
+        _, _, most = common.SCORE_RULES[i]
+        points[i] = min(max(points[i] + rng.choice((-1, 1)), 0), most)
     return "Scores: " + " ".join(f"R{i}={value}" for i, value in enumerate(points, 1))
 
 
@@ -152,12 +148,13 @@ def judge(text, chain, scene):
         return [0] * len(common.SCORE_RULES)
     description, alignment, reasoning = (line.partition(": ")[2] for line in chain.split("\n"))
     names = world.names_in(text)
-    shown, said = (Counter(MENTION.findall(part)) for part in (world.describe(scene), description))
+    shown = Counter(MENTION.findall(world.describe(scene)))
+    said = Counter(MENTION.findall(description))
     ties = set(world.align(names, scene).rstrip(".").split(", "))
     tied = set(alignment.rstrip(".").split(", "))
-    truth, steps = dict(world.read(names, scene)), world.steps(reasoning)
-    types = {entity for q in truth for entity in ((q.head, q.head_type), (q.tail, q.tail_type))}
-    typed = all({(q.head, q.head_type), (q.tail, q.tail_type)} <= types for q, _ in steps)
+    truth = dict(world.read(names, scene))
+    steps = world.steps(reasoning)
+    typed = common.entities(q for q, _ in steps) <= common.entities(truth)
     derived = sum(truth.get(q) == clue for q, clue in steps)
     return [
         share_points((said & shown).total(), shown.total()),
@@ -169,21 +166,15 @@ def judge(text, chain, scene):
     ]
 
 
-MENTION = re.compile(
-    "|".join(
-        (
-            *(str(world.Figure(kind, colour)) for kind in world.TYPE for colour in world.COLOURS),
-            *world.SIGNS,
-            "Day",
-            "Night",
-        )
-    )
-)
+FIGURES = [str(figure) for kind in world.TYPE for figure in world.in_each_colour(kind)]
+MENTION = re.compile("|".join([*FIGURES, *world.SIGNS, "Day", "Night"]))
 
 
 def share_points(part, whole):
     """2 for all, 1 for at least half, else 0."""
-    return 2 if part == whole else int(2 * part >= whole)
+    if part == whole:
+        return 2
+    return int(2 * part >= whole)
 
 
 def direct(fields, scene, rng):
@@ -191,23 +182,27 @@ def direct(fields, scene, rng):
     names = world.names_in(fields["text"])
     if rng.random() < ZERO_SHOT:
         return common.format_answer([q for q, _ in world.read(names, scene)])
-    guesses = [(rng.choice(common.TYPES), rng.choice(common.TYPES), rng.choice(common.RELATIONS))]
-    return common.format_answer(
-        [common.quintuple(a, t1, b, t2, r) for a, b, (t1, t2, r) in zip(names, names[1:], guesses)]
-    )
+    head_type = rng.choice(common.TYPES)
+    tail_type = rng.choice(common.TYPES)
+    relation = rng.choice(common.RELATIONS)
+    if len(names) < 2:
+        return common.format_answer([])
+    return common.format_answer([common.quintuple(names[0], head_type, names[1], tail_type, relation)])
 
 
 def reason(fields, scene, rng):
+    """The same in our format, now and then without its tags."""
     answer = direct(fields, scene, rng)
+    seen = world.describe(scene)
     if rng.random() < MALFORMED:
-        return f"{world.describe(scene)}\n{answer}"
-    return f"<think>\n{world.describe(scene)}\n</think>\n<answer>\n{answer}\n</answer>"
+        return f"{seen}\n{answer}"
+    return f"<think>\n{seen}\n</think>\n<answer>\n{answer}\n</answer>"
 
 
 ANSWER = {"distill": distill, "repredict": repredict, "score": score, "reason": reason, "direct": direct}
 
 
-# ------------------------------------------------------------------------------------------------ the protocol
+# ------------------------------------------------------------------------------------------------ protocol
 
 
 class BadRequest(Exception):
@@ -215,10 +210,13 @@ class BadRequest(Exception):
 
 
 @functools.lru_cache(maxsize=4096)
-def see(data):
-    """Encoded image → Scene, or None if it shows nothing of this world. Raises BadRequest where it is no image."""
+def see(content):
+    """Encoded image → Scene, or None if it shows nothing of this world.
+
+    Raises BadRequest where it is no image.
+    """
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(content))
         image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         raise BadRequest("You uploaded an unsupported image. Please make sure your image is valid.") from None
@@ -230,58 +228,62 @@ def see(data):
 
 def read_request(body):
     """→ (prompt text, image bytes, or None where none was sent). Raises BadRequest."""
+    texts, urls = [], []
     try:
-        messages = body["messages"]
-        contents = [m["content"] for m in messages]
-        parts = [
-            part for c in contents for part in ([{"type": "text", "text": c}] if isinstance(c, str) else c)
-        ]
-        prompt = "\n".join(part["text"] for part in parts if part["type"] == "text")
-        urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+        for message in body["messages"]:
+            content = message["content"]
+            if isinstance(content, str):
+                content = [{"type": "text", "text": content}]
+            texts += [part["text"] for part in content if part["type"] == "text"]
+            urls += [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
         if not urls:
-            return prompt, None
-        header, _, data = urls[0].partition(",")
+            return "\n".join(texts), None
+        header, _, payload = urls[0].partition(",")
         if not re.fullmatch(r"data:image/\w+;base64", header):
             raise BadRequest("Only data URLs are read here: data:image/…;base64,…")
-        return prompt, base64.b64decode(data, validate=True)
+        return "\n".join(texts), base64.b64decode(payload, validate=True)
     except (KeyError, TypeError, ValueError) as error:
         raise BadRequest(f"Not a chat completion request: {type(error).__name__}: {error}") from None
 
 
 def complete(body, seed):
-    """A chat completion request → its response, the same for the same request."""
-    prompt, data = read_request(body)
-    scene = see(data) if data else None
+    """A chat completion request → (task, response): the same for the same request and seed."""
+    prompt, image = read_request(body)
+    scene = see(image) if image else None
     task, fields = recognise(prompt)
-    content = hashlib.sha256(prompt.encode() + (data or b"")).hexdigest()
+    content = hashlib.sha256(prompt.encode() + (image or b"")).hexdigest()
     limit = body.get("max_completion_tokens") or body.get("max_tokens")
-    choices, tokens = [], 0
+    choices = []
     for index in range(body.get("n") or 1):
         rng = random.Random(f"{seed}:{body.get('seed')}:{content}:{index}")
-        text = BLIND if scene is None or task is None else ANSWER[task](fields, scene, rng)
-        cut = bool(text and limit and len(text) > 4 * limit)  # four characters to a token, roughly
-        message = {
-            "role": "assistant",
-            "content": text[: 4 * limit] if cut else text,
-            "refusal": REFUSAL if text is None else None,
-        }
-        choices.append(
-            {
-                "index": index,
-                "message": message,
-                "logprobs": None,
-                "finish_reason": "length" if cut else "stop",
-            }
-        )
-        tokens += len(message["content"] or REFUSAL) // 4 + 1
-    asked = len(prompt) // 4 + (85 if data else 0)
+        if scene is None or task is None:
+            text = BLIND
+        else:
+            text = ANSWER[task](fields, scene, rng)
+        choices.append(as_choice(index, text, limit))
+    asked = len(prompt) // 4 + (85 if image else 0)
+    written = sum(len(choice["message"]["content"] or REFUSAL) // 4 + 1 for choice in choices)
     return task, {
         "id": f"chatcmpl-{content[:24]}",
         "object": "chat.completion",
         "created": int(time.time()),
         "model": body.get("model", MODEL),
         "choices": choices,
-        "usage": {"prompt_tokens": asked, "completion_tokens": tokens, "total_tokens": asked + tokens},
+        "usage": {"prompt_tokens": asked, "completion_tokens": written, "total_tokens": asked + written},
+    }
+
+
+def as_choice(index, text, limit):
+    """text: None is a refusal; limit: in tokens of four characters, or None."""
+    cut = bool(text and limit and len(text) > 4 * limit)
+    if cut:
+        text = text[: 4 * limit]
+    refusal = REFUSAL if text is None else None
+    return {
+        "index": index,
+        "message": {"role": "assistant", "content": text, "refusal": refusal},
+        "logprobs": None,
+        "finish_reason": "length" if cut else "stop",
     }
 
 
@@ -293,10 +295,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path.rstrip("/") != "/v1/models":
             return self.fail(404, f"Unknown request URL: GET {self.path}", "unknown_url")
-        return self.reply(
-            200,
-            {"object": "list", "data": [{"id": MODEL, "object": "model", "created": 0, "owned_by": "demo"}]},
-        )
+        model = {"id": MODEL, "object": "model", "created": 0, "owned_by": "demo"}
+        return self.reply(200, {"object": "list", "data": [model]})
 
     def do_POST(self):
         payload = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -306,18 +306,15 @@ class Handler(BaseHTTPRequestHandler):
             return self.fail(401, "You didn't provide an API key.", "invalid_api_key")
         time.sleep(self.server.latency)
         try:
-            body = json.loads(payload)
-            task, response = complete(body, self.server.seed)
+            task, response = complete(json.loads(payload), self.server.seed)
         except (ValueError, BadRequest) as error:
             return self.fail(400, str(error), "invalid_request")
         self.server.served[task or "unknown prompt"] += 1
         return self.reply(200, response)
 
     def fail(self, status, message, code):
-        self.reply(
-            status,
-            {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}},
-        )
+        error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+        self.reply(status, {"error": error})
 
     def reply(self, status, content):
         payload = json.dumps(content).encode()
@@ -337,11 +334,27 @@ class Teacher(ThreadingHTTPServer):
 
     def __init__(self, port=0, seed=0, latency=0.0):
         super().__init__(("127.0.0.1", port), Handler)
-        self.seed, self.latency, self.served = seed, latency, Counter()
+        self.seed = seed
+        self.latency = latency  # seconds
+        self.served = Counter()  # task: answers
 
     @property
     def url(self):
         return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+# ------------------------------------------------------------------------------------------------ main
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--ready-file", help="the base URL is written here once the server listens [ours]")
+    parser.add_argument("--seed", type=int, default=0, help="of its faults [ours]")
+    parser.add_argument("--port", type=int, default=0, help="0: any free one [ours]")
+    parser.add_argument("--latency", type=float, default=0.0, help="seconds before each answer [ours]")
+    return parser.parse_args(argv)
 
 
 @common.exit_codes
@@ -350,20 +363,16 @@ def main(args):
     try:
         server = Teacher(args.port, args.seed, args.latency)
     except OSError as error:
-        raise common.InputError(
-            f"port {args.port}: {error.strerror}: choose another --port, or 0 for a free one"
-        ) from None
+        advice = "choose another --port, or 0 for a free one"
+        raise common.InputError(f"port {args.port}: {error.strerror}: {advice}") from None
     try:  # from here on a SIGTERM ends in the line below
         if args.ready_file:
             data.write_atomic(args.ready_file, server.url + "\n")
         print(f"teacher listens on {server.url}", flush=True)
         server.serve_forever()
     finally:
-        print(
-            "teacher served",
-            ", ".join(f"{count} {task}" for task, count in sorted(server.served.items())) or "nothing",
-            flush=True,
-        )
+        served = ", ".join(f"{count} {task}" for task, count in sorted(server.served.items()))
+        print("teacher served", served or "nothing", flush=True)
 
 
 if __name__ == "__main__":

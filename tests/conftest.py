@@ -57,10 +57,10 @@ def tiny(tmp_path_factory):
 
     def get(arch):
         if arch not in built:
-            from demo import make_base
+            from demo.base import build
 
             built[arch] = tmp_path_factory.mktemp(arch)
-            make_base.build(arch, built[arch], make_base.corpus())
+            build.build(arch, built[arch], build.corpus())
         return built[arch]
 
     return get
@@ -73,7 +73,7 @@ def world(tmp_path_factory):
     from lib import data
 
     folder = tmp_path_factory.mktemp("world")
-    run_script("demo/world.py", "--out", folder, "--train", 16, "--val", 4, "--test", 4)
+    run_script("-m", "demo.world", "--out", folder, "--train", 16, "--val", 4, "--test", 4)
     cot = "Image Description: a man\nVisual-Text Alignment: he is named\nQuintuple Reasoning: so it follows"
     rows = [{**row, "cot": cot} for _, row in data.read_jsonl(folder / "train.jsonl")]
     data.write_atomic(folder / "sft.jsonl", "".join(map(data.jsonl_line, rows)))

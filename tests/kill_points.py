@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from demo import make_base, world
+from demo import world
+from demo.base import build
 from tests.zygote import Zygote
 
 CLOCK = (
@@ -44,7 +45,7 @@ def make_inputs(folder, arch="qwen2_5_vl"):
             "vision_layers": 1,
             "vision_heads": 2,
         }
-        make_base.build(arch, folder / "tiny", make_base.corpus(), size=size)
+        build.build(arch, folder / "tiny", build.corpus(), size=size)
         sizes = ["--train", "12", "--val", "4", "--test", "1"]
         world.main(world.parse_args(["--out", str(folder / "world"), *sizes]))
         rows = [json.loads(line) for line in (folder / "world" / "train.jsonl").read_text().splitlines()]

@@ -1,32 +1,32 @@
-"""The demo: picture world, tiny models, teacher."""
+"""The demo: its picture world and its teacher."""
 
 import base64
-import hashlib
 import io
-import json
-import os
-import re
 import signal
 import subprocess
 import sys
 import threading
 from collections import Counter, defaultdict
-from pathlib import Path
 
 import pytest
+from conftest import ROOT, run_script
 from PIL import Image
 
 import common
-from demo import summary, teacher, world
+from demo import teacher, world
 from lib import data
 
-ROOT = Path(__file__).resolve().parent.parent
+RED, BLUE = world.Figure("person", "red"), world.Figure("person", "blue")
 
 
 def encode(image, form="PNG", **options):
     buffer = io.BytesIO()
     image.save(buffer, form, **options)
     return buffer.getvalue()
+
+
+def gold_of(text, scene):
+    return [q for q, _ in world.read(world.names_in(text), scene)]
 
 
 def shifts(i):
@@ -64,110 +64,119 @@ def test_rules_stay_in_the_label_set_and_are_rich_enough():
     assert all(set(types) <= set(common.TYPES) for types in world.LEXICON.values())
 
 
+def said(names, scene):
+    """The quintuples as plain tuples."""
+    return [tuple(q) for q, _ in world.read(names, scene)]
+
+
 def test_direction_and_type_come_from_the_picture():
-    red, blue = world.Figure("person", "red"), world.Figure("child", "blue")
-    scene = world.Scene(red, blue, None, None, False)
-    assert [tuple(q) for q, _ in world.read(["Paris", "Emma"], scene)] == [
-        ("Paris", "per", "Emma", "per", "parent")
-    ]
-    turned = scene._replace(left=blue, right=red)
-    assert [tuple(q) for q, _ in world.read(["Paris", "Emma"], turned)] == [
-        ("Emma", "per", "Paris", "per", "parent")
-    ]
-    city = scene._replace(left=world.Figure("city", "red"), right=red)
-    assert [tuple(q) for q, _ in world.read(["Paris", "Emma"], city)] == [
-        ("Emma", "per", "Paris", "loc", "place of residence")
-    ]
+    child = world.Figure("child", "blue")
+    scene = world.Scene(RED, child, None, None, False)
+    assert said(["Paris", "Emma"], scene) == [("Paris", "per", "Emma", "per", "parent")]
+    turned = scene._replace(left=child, right=RED)
+    assert said(["Paris", "Emma"], turned) == [("Emma", "per", "Paris", "per", "parent")]
+    city = scene._replace(left=world.Figure("city", "red"), right=RED)
+    assert said(["Paris", "Emma"], city) == [("Emma", "per", "Paris", "loc", "place of residence")]
 
 
 def test_only_who_wears_the_colour_of_the_poster_has_to_do_with_it():
-    scene = world.Scene(
-        world.Figure("person", "red"),
-        world.Figure("person", "blue"),
-        "heart",
-        world.Figure("crest", "blue"),
-        True,
-    )
-    found = [tuple(q) for q, _ in world.read(["Emma", "Noah", "Nike"], scene)]
-    assert found == [("Emma", "per", "Noah", "per", "couple"), ("Noah", "per", "Nike", "org", "member of")]
+    scene = world.Scene(RED, BLUE, "heart", world.Figure("crest", "blue"), True)
+    couple = ("Emma", "per", "Noah", "per", "couple")
+    assert said(["Emma", "Noah", "Nike"], scene) == [couple, ("Noah", "per", "Nike", "org", "member of")]
+    assert said(["Emma", "Noah"], scene) == [couple]
+    assert said(["Emma"], scene) == []
 
 
 def test_written_world_loads_and_the_image_decides(tmp_path):
     sizes = {"train": 120, "val": 20, "test": 40}
     world.write(tmp_path, sizes)
-    pairs, relations, types, counts = {}, set(), set(), set()
+    split_of, quintuples, counts = {}, set(), set()
     for split, size in sizes.items():
         examples = data.check_images(data.load_examples(tmp_path / f"{split}.jsonl", need=("quintuples",)))
         assert len(examples) == size
         golds = defaultdict(set)
         for example in examples:
             scene = world.look(data.load_image(example.image))
-            assert example.quintuples == tuple(q for q, _ in world.read(world.names_in(example.text), scene))
-            assert pairs.setdefault((example.text, scene), split) == split, (
-                "one (text, picture) in two splits"
-            )
+            assert example.quintuples == tuple(gold_of(example.text, scene))
+            assert split_of.setdefault((example.text, scene), split) == split  # no pair is in two splits
             golds[example.text].add(example.quintuples)
-            relations |= {q.relation for q in example.quintuples}
-            types |= {label for _, label in common.entities(example.quintuples)}
+            quintuples.update(example.quintuples)
             counts.add(len(example.quintuples))
-        assert all(len(found) >= 2 for found in golds.values()), (
-            "a text whose gold does not depend on its picture"
-        )
-    assert len(relations) >= 8
-    assert types == set(common.TYPES)
+        assert all(len(found) >= 2 for found in golds.values())  # the gold of a text depends on its picture
+    assert len({q.relation for q in quintuples}) >= 8
+    assert {label for _, label in common.entities(quintuples)} == set(common.TYPES)
     assert counts == {1, 2, 3}
 
 
 def test_grey_control_keeps_texts_and_gold_and_hides_the_picture(tmp_path):
     world.write(tmp_path, {"train": 4, "test": 8})
-    test, grey = (
-        [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
-        for name in ("test.jsonl", "grey.jsonl")
-    )
-    assert [{**row, "image": "img/grey.png"} for row in test] == grey
+    test = [row for _, row in data.read_jsonl(tmp_path / "test.jsonl")]
+    grey = [row for _, row in data.read_jsonl(tmp_path / "grey.jsonl")]
+    assert [row | {"image": "img/grey.png"} for row in test] == grey
     assert len(Image.open(tmp_path / "img" / "grey.png").getcolors()) == 1
 
 
 def test_same_seed_same_world(tmp_path):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+    def written(name, seed):
         world.write(tmp_path / name, {"train": 8}, seed)
-    content = {name: [path.read_bytes() for path in sorted((tmp_path / name).rglob("*.*"))] for name in "abc"}
-    assert content["a"] == content["b"]
-    assert content["a"] != content["c"]
+        return [path.read_bytes() for path in sorted((tmp_path / name).rglob("*.*"))]
+
+    first = written("a", 0)
+    assert first == written("b", 0)
+    assert first != written("c", 1)
 
 
 def test_chains_are_well_formed_and_lead_to_their_quintuples():
     for text, scene in world.make({"x": 200})["x"]:
         chain = world.chain(text, scene)
         assert common.parse_cot(chain) == chain
-        assert world.steps(chain.split("\n")[2].partition(": ")[2]) == world.read(world.names_in(text), scene)
+        reasoning = chain.split("\n")[-1].partition(": ")[2]
+        assert world.steps(reasoning) == world.read(world.names_in(text), scene)
 
 
-# ------------------------------------------------------------------------------------------------ teacher, without the network
+def test_a_chain_has_exactly_the_parts_of_common():
+    with pytest.raises(ValueError, match="shorter"):
+        world.cot("one part")
+
+
+def test_command_line_writes_what_it_says(tmp_path):
+    sizes = ("--train", 4, "--val", 2, "--test", 2)
+    run_script("-m", "demo.world", "--out", tmp_path, *sizes, env={"PYTHONPATH": ""})
+    _, row = next(data.read_jsonl(tmp_path / "train.jsonl"))
+    assert list(row) == ["id", "text", "image", "quintuples"]
+    assert (tmp_path / row["image"]).exists()
+
+
+# ------------------------------------------------------------------------------------------------ teacher
 
 PAIRS = world.make({"teacher": 120}, seed=7)["teacher"]
 
 
-def gold_of(text, scene):
-    return [q for q, _ in world.read(world.names_in(text), scene)]
+def request(prompt, image, form="PNG"):
+    """The messages of a chat completion request."""
+    url = f"data:image/{form.lower()};base64,{base64.b64encode(encode(image, form)).decode()}"
+    picture = {"type": "image_url", "image_url": {"url": url, "detail": "high"}}
+    return [{"role": "user", "content": [picture, {"type": "text", "text": prompt}]}]
 
 
-def ask(prompt, scene, n=1, seed=0, **more):
-    url = "data:image/png;base64," + base64.b64encode(encode(world.draw(scene))).decode()
-    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompt}]
-    task, response = teacher.complete(
-        {"messages": [{"role": "user", "content": content}], "n": n, **more}, seed
-    )
+def ask(prompt, scene, n=1, seed=0):
+    """→ (task that the teacher recognised, its n messages)"""
+    body = {"messages": request(prompt, world.draw(scene)), "n": n}
+    task, response = teacher.complete(body, seed)
     return task, [choice["message"] for choice in response["choices"]]
 
 
+def distill_prompt(text, scene):
+    return common.DISTILL_PROMPT.format(text=text, gold=common.format_answer(gold_of(text, scene)))
+
+
 def distilled(n=5):
+    """Yield (text, scene, message): n for each pair."""
     for text, scene in PAIRS:
-        task, messages = ask(
-            common.DISTILL_PROMPT.format(text=text, gold=common.format_answer(gold_of(text, scene))), scene, n
-        )
+        task, messages = ask(distill_prompt(text, scene), scene, n)
         assert task == "distill"
-        yield from ((text, scene, message) for message in messages)
+        for message in messages:
+            yield text, scene, message
 
 
 def test_distillation_has_the_stated_shares_of_faults():
@@ -198,66 +207,70 @@ def test_distillation_has_the_stated_shares_of_faults():
 def test_reprediction_follows_the_reasoning_not_the_picture():
     slipped = 0
     for text, scene in PAIRS:
-        other = next(s for t, s in PAIRS if t == text and gold_of(text, s) != gold_of(text, scene))
-        task, [message] = ask(common.REPREDICT_PROMPT.format(text=text, cot=world.chain(text, other)), scene)
+        shown = gold_of(text, scene)
+        other = next(s for t, s in PAIRS if t == text and gold_of(text, s) != shown)
+        prompt = common.REPREDICT_PROMPT.format(text=text, cot=world.chain(text, other))
+        task, [message] = ask(prompt, scene)
         assert task == "repredict"
-        slipped += common.parse_response(message["content"], direct=True).quintuples != tuple(
-            gold_of(text, other)
-        )
+        pred = common.parse_response(message["content"], direct=True).quintuples
+        slipped += list(pred) != gold_of(text, other)
     assert 0 < slipped < 0.15 * len(PAIRS)
 
 
 def test_judge_takes_points_for_what_is_wrong():
-    text, scene = (
-        "Emma x Noah # Nike",
-        world.Scene(world.Figure("person", "red"), world.Figure("person", "blue"), "heart", None, True),
-    )
-    full = [most for _, _, most in common.SCORE_RULES]
+    text, scene = "Emma x Noah # Nike", world.Scene(RED, BLUE, "heart", None, True)
     good = world.chain(text, scene)
-    assert teacher.judge(text, good, scene) == full
     description, alignment, reasoning = good.split("\n")
-    assert teacher.judge(text, good.replace("a heart above", "a cap above"), scene)[:2] == [1, 1]
-    assert teacher.judge(text, "\n".join([description, "Visual-Text Alignment: it fits.", reasoning]), scene)[
-        2:4
-    ] == [0, 0]
-    assert teacher.judge(text, good.replace("Emma (per) couple", "Emma (per) peer"), scene)[4:] == [1, 0]
-    assert teacher.judge(text, good.replace("Emma (per)", "Emma (loc)"), scene)[4:] == [0, 0]
-    assert teacher.judge(text, "\n".join([description, alignment]), scene) == [0] * 6
+
+    def judged(chain):
+        return teacher.judge(text, chain, scene)
+
+    assert judged(good) == [most for _, _, most in common.SCORE_RULES]
+    assert judged(good.replace("a heart above", "a cap above"))[:2] == [1, 1]
+    untied = alignment.partition(":")[0] + ": it fits."
+    assert judged("\n".join([description, untied, reasoning]))[2:4] == [0, 0]
+    assert judged(good.replace("Emma (per) couple", "Emma (per) peer"))[4:] == [1, 0]
+    assert judged(good.replace("Emma (per)", "Emma (loc)"))[4:] == [0, 0]
+    assert judged("\n".join([description, alignment])) == [0] * len(common.SCORE_RULES)
 
 
 def test_scores_come_one_integer_a_rule_within_bounds():
     unscored = 0
     for text, scene in PAIRS:
-        task, [message] = ask(common.SCORE_PROMPT.format(text=text, cot=world.chain(text, scene)), scene)
+        prompt = common.SCORE_PROMPT.format(text=text, cot=world.chain(text, scene))
+        task, [message] = ask(prompt, scene)
         assert task == "score"
-        points = [int(pair.partition("=")[2]) for pair in message["content"].split()[1:] if "=" in pair]
-        unscored += not points
-        assert not points or len(points) == len(common.SCORE_RULES)
-        assert all(0 <= point <= most for point, (_, _, most) in zip(points, common.SCORE_RULES))
-    assert unscored < 0.1 * len(PAIRS)
+        points = [int(pair.partition("=")[2]) for pair in message["content"].split() if "=" in pair]
+        if not points:
+            unscored += 1
+            continue
+        for point, (_, _, most) in zip(points, common.SCORE_RULES, strict=True):
+            assert 0 <= point <= most
+    assert 0 < unscored < 0.1 * len(PAIRS)
 
 
-@pytest.mark.parametrize("prompt", ["REASON_PROMPT", "DIRECT_PROMPT"])
+@pytest.mark.parametrize("prompt", common.PROMPTS)
 def test_zero_shot_is_mediocre(prompt):
     predictions = []
     for text, scene in PAIRS:
-        task, [message] = ask(getattr(common, prompt).format(text=text), scene)
-        assert task == prompt.partition("_")[0].lower()
-        predictions.append(common.parse_response(message["content"], direct=task == "direct").quintuples)
-    f1 = common.score(predictions, [gold_of(*pair) for pair in PAIRS])["jmere"]["f1"]
-    assert 0.02 < f1 < 0.4
+        task, [message] = ask(common.PROMPTS[prompt].format(text=text), scene)
+        assert task == prompt
+        response = common.parse_response(message["content"], direct=prompt == "direct")
+        predictions.append(response.quintuples)
+    scores = common.score(predictions, [gold_of(*pair) for pair in PAIRS])
+    assert 0.02 < scores[common.HEADLINE]["f1"] < 0.4
 
 
 def test_answers_repeat_and_depend_on_seed_and_choice():
     text, scene = PAIRS[0]
-    prompt = common.DISTILL_PROMPT.format(text=text, gold="[]")
+    prompt = distill_prompt(text, scene)
     first = ask(prompt, scene, 20)
     assert first == ask(prompt, scene, 20)
     assert first != ask(prompt, scene, 20, seed=1)
     assert len({message["content"] for message in first[1]}) > 1
 
 
-# ------------------------------------------------------------------------------------------------ teacher, over the network
+# ------------------------------------------------------------------------------------------------ its server
 
 
 @pytest.fixture(scope="module")
@@ -270,49 +283,55 @@ def server():
     running.server_close()
 
 
-def test_server_speaks_to_the_real_client(server):
+@pytest.fixture
+def chat(server):
+    """The real client's call, without retries."""
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=server.url, api_key="any", max_retries=0)
     assert [model.id for model in client.models.list()] == [teacher.MODEL]
+    return client.chat.completions.create
+
+
+def test_server_speaks_to_the_real_client(chat):
     text, scene = PAIRS[0]
-    url = "data:image/jpeg;base64," + base64.b64encode(encode(world.draw(scene), "JPEG", quality=90)).decode()
-    content = [
-        {"type": "image_url", "image_url": {"url": url, "detail": "high"}},
-        {
-            "type": "text",
-            "text": common.DISTILL_PROMPT.format(text=text, gold=common.format_answer(gold_of(text, scene))),
-        },
-    ]
-    reply = client.chat.completions.create(
-        model="any-name", messages=[{"role": "user", "content": content}], n=5
-    )
+    reply = chat(model="any", messages=request(distill_prompt(text, scene), world.draw(scene), "JPEG"), n=5)
     assert [choice.index for choice in reply.choices] == list(range(5))
     assert {choice.finish_reason for choice in reply.choices} == {"stop"}
     assert world.chain(text, scene) in {choice.message.content for choice in reply.choices}
-    assert reply.model == "any-name"
-    assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens > 100
-    cut = client.chat.completions.create(
-        model="m", messages=[{"role": "user", "content": content}], max_tokens=3
-    )
-    assert cut.choices[0].finish_reason == "length" or cut.choices[0].message.refusal
+    assert reply.model == "any"
+    usage = reply.usage
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens > 100
 
+
+def test_server_cuts_at_max_tokens(chat):
+    text, scene = PAIRS[0]
+    messages = request(common.DIRECT_PROMPT.format(text=text), world.draw(scene))
+    cut = chat(model="any", messages=messages, max_tokens=3).choices[0]
+    assert cut.finish_reason == "length"
+    assert len(cut.message.content) == 3 * 4
+
+
+def test_server_refuses_as_the_api_does(chat):
+    openai = pytest.importorskip("openai")
+    messages = request("Hello", world.draw(PAIRS[0][1]))
+    messages[0]["content"][0]["image_url"]["url"] = "data:image/png;base64,AAAA"
     with pytest.raises(openai.BadRequestError, match="unsupported image"):
-        content[0]["image_url"]["url"] = "data:image/png;base64,AAAA"
-        client.chat.completions.create(model="m", messages=[{"role": "user", "content": content}])
+        chat(model="any", messages=messages)
+    blind = chat(model="any", messages=[{"role": "user", "content": "Hello"}])
+    assert blind.choices[0].message.content == teacher.BLIND
+
+
+def test_server_knows_no_other_address(server):
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=server.url, api_key="any", max_retries=0)
     with pytest.raises(openai.NotFoundError):
-        client.embeddings.create(model="m", input="x")
-    assert (
-        client.chat.completions.create(model="m", messages=[{"role": "user", "content": "Hello"}])
-        .choices[0]
-        .message.content
-        == teacher.BLIND
-    )
+        client.embeddings.create(model="any", input="x")
 
 
 def test_program_tells_its_url_and_ends_on_sigterm(tmp_path):
     ready = tmp_path / "url"
-    command = [sys.executable, str(ROOT / "demo" / "teacher.py"), "--port", "0", "--ready-file", str(ready)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "demo.teacher", "--port", "0", "--ready-file", str(ready)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         line = process.stdout.readline()
         assert line.strip().endswith(ready.read_text().strip())
@@ -322,339 +341,3 @@ def test_program_tells_its_url_and_ends_on_sigterm(tmp_path):
         process.kill()
     assert process.returncode == 0
     assert rest.strip() == "teacher served nothing"
-
-
-# ------------------------------------------------------------------------------------------------ tiny models
-
-
-@pytest.mark.parametrize("arch", ["qwen2_5_vl", "llava"])
-def test_base_loads_forwards_and_generates(arch, tmp_path):
-    torch = pytest.importorskip("torch")
-    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
-
-    from demo import make_base
-
-    texts = make_base.corpus()
-    made = make_base.build(arch, tmp_path, texts)
-    model = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
-    again = make_base.build(arch, tmp_path / "again", texts)
-    assert all(
-        torch.equal(a, b) and torch.equal(a, c)
-        for a, b, c in zip(made.parameters(), model.parameters(), again.parameters())
-    )
-    assert (
-        type(model).__name__
-        == {"qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration", "llava": "LlavaForConditionalGeneration"}[
-            arch
-        ]
-    )
-    assert model.config.get_text_config().max_position_embeddings >= 2048
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    images = AutoImageProcessor.from_pretrained(tmp_path)
-
-    # every placeholder the image needs, as the processors put them in
-    message = {
-        "role": "user",
-        "content": [
-            {"type": "image"},
-            {"type": "text", "text": common.REASON_PROMPT.format(text=PAIRS[0][0])},
-        ],
-    }
-    prompt = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-    placeholder, count, end = (
-        ("<|image_pad|>", 4, "<|im_start|>assistant\n")
-        if arch == "qwen2_5_vl"
-        else ("<image>", 16, "ASSISTANT:")
-    )
-    assert prompt.count(placeholder) == 1
-    assert prompt.endswith(end)
-    ids = tokenizer(prompt.replace(placeholder, placeholder * count), return_tensors="pt").input_ids
-    assert (ids == model.config.image_token_id).sum() == count
-    assert ids.shape[1] < 300
-    pixels = images(images=[world.draw(PAIRS[0][1])], return_tensors="pt")
-    if arch == "qwen2_5_vl":
-        assert pixels["image_grid_thw"].tolist() == [[1, 4, 4]]
-        pixels["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
-    with torch.no_grad():
-        assert model(input_ids=ids, attention_mask=torch.ones_like(ids), **pixels).logits.isfinite().all()
-        out = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), **pixels, max_new_tokens=4, do_sample=False
-        )
-    assert ids.shape[1] < out.shape[1] <= ids.shape[1] + 4
-
-    # text comes back as it went in; names of the world are one token a word
-    for text in (
-        PAIRS[0][0],
-        world.chain(*PAIRS[0]),
-        "<think>\nÉ…漢 🏆\n</think>\n<answer>\n[A, per, B, org, member of]\n</answer>",
-    ):
-        assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
-    lead = len(tokenizer("x", add_special_tokens=False).input_ids)
-    for name in world.LEXICON:
-        assert len(tokenizer(f"x {name}", add_special_tokens=False).input_ids) == lead + len(name.split())
-    end_ids = model.generation_config.eos_token_id
-    assert tokenizer.eos_token_id in (end_ids if isinstance(end_ids, list) else [end_ids])
-
-
-SHIPPED = {  # arch: sha256 of the weights that the command in demo/make_base.py's docstring makes
-    "qwen2_5_vl": "7838ffe81788183a4871d38fa3fb7533d938e51b5791280006c82035e706ea30",
-    "llava": "e81361ef87ce5fd042a77b75e54c0b946e3b4523761f3bf790e0140f63a2c9fb",
-}
-
-
-@pytest.mark.parametrize("arch", SHIPPED)
-def test_shipped_base_is_the_one_made_here_and_sees_and_copies(arch):
-    torch = pytest.importorskip("torch")
-    from transformers import AutoModelForImageTextToText, AutoTokenizer
-
-    from demo import make_base
-
-    folder = ROOT / "demo" / f"base-{arch}"
-    weights = (folder / "model.safetensors").read_bytes()
-    assert hashlib.sha256(weights).hexdigest() == SHIPPED[arch]
-    assert len(weights) <= 8 * 2**20
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    scenes = world.scenes()[::30]  # it met none of the grammar's scenes
-    pictures = make_base.Pictures(arch, folder, seed=1)
-    chat = make_base.Chat(arch, AutoTokenizer.from_pretrained(folder))
-    exact = make_base.check(model, chat, pictures, scenes, seed=3)
-    assert exact["captions"] > 0.9
-    assert exact["names"] > 0.8
-    pictures.values = {scene: torch.zeros_like(pixels) for scene, pixels in pictures.values.items()}
-    assert make_base.check(model, chat, pictures, scenes, seed=3)["captions"] < 0.1
-
-
-def test_base_never_meets_the_answer_format():
-    """What the base learns from: no prompt of ours, no tag, no two things in one bracket, and no name with a type or a relation."""
-    from demo import make_base
-
-    texts = "\n".join(make_base.generic(3000))
-    assert len(texts) > 50000
-    for forbidden in (
-        "<",
-        "think",
-        "answer",
-        *common.COT_PARTS,
-        *(f"({label})" for label in common.TYPES),
-        " is the ",
-    ):
-        assert forbidden not in texts, forbidden
-    assert not any(f" {relation} " in texts for relation in common.RELATIONS)
-    assert "[" in texts and not re.search(r"\[[^]]*,", texts)  # names in brackets, each alone
-
-
-def test_training_is_seeded_and_changes_every_part(tmp_path):
-    torch = pytest.importorskip("torch")
-    from safetensors.torch import load_file
-    from transformers import AutoModelForImageTextToText, AutoTokenizer
-
-    from demo import make_base
-
-    texts = make_base.corpus()
-    start = {
-        name: value.clone()
-        for name, value in make_base.build("qwen2_5_vl", tmp_path / "start", texts).state_dict().items()
-    }
-    chat = make_base.Chat("qwen2_5_vl", AutoTokenizer.from_pretrained(tmp_path / "start"))
-    ends = []
-    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
-        args = make_base.parse_args(
-            ["--out", str(tmp_path / name), "--train", "2", "--tokens", "300", "--seed", seed]
-        )
-        model = AutoModelForImageTextToText.from_pretrained(tmp_path / "start")
-        make_base.learn(
-            model, chat, make_base.Pictures("qwen2_5_vl", tmp_path / "start", 0), world.scenes()[:40], args
-        )
-        make_base.save(model, tmp_path / name)
-        ends.append(load_file(tmp_path / name / "model.safetensors"))
-        again = AutoModelForImageTextToText.from_pretrained(tmp_path / name, dtype=torch.float32).state_dict()
-        assert all(
-            torch.equal(again[key], value.bfloat16().float()) for key, value in model.state_dict().items()
-        )
-    a, b, c = ends
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert not all(torch.equal(a[name], c[name]) for name in a)
-    assert {value.dtype for value in a.values()} == {torch.bfloat16}
-    assert not any(torch.equal(start[name], again[name]) for name in again if name.endswith("proj.weight"))
-
-
-RIGHT = "<think>\nx\n</think>\n<answer>\n[Emma, per, Noah, per, couple]\n</answer>"  # reward 1 + 0.2·2 + 0.1 (Eq. 5)
-
-
-def stored(*responses, prompt="reason", texts="ab"):
-    """predictions.jsonl of two tweets that say the same, each with these responses."""
-    fields = {"image": "x.png", "quintuples": [["Emma", "per", "Noah", "per", "couple"]], "prompt": prompt}
-    fields["responses"] = [{"text": text, "finished": True} for text in responses]
-    return "".join(json.dumps({"id": text, "text": text, **fields}) + "\n" for text in texts)
-
-
-def test_table_reads_what_05_wrote(tmp_path):
-    scores = {"precision": 0.5, "recall": 0.25, "f1": 1 / 3, "f1_95": [0.2, 0.4]}
-    metrics = {
-        "scores": {"jmere": scores, "mner": {"f1": 0.75}},
-        "responses": {"responses": 8, "unparsed": 2},
-    }
-    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
-    (tmp_path / "predictions.jsonl").write_text(
-        stored(RIGHT, "no answer", texts="a") + stored(RIGHT, RIGHT, texts="b")
-    )
-    table = [sys.executable, str(ROOT / "demo" / "table.py")]
-    done = subprocess.run([*table, f"JMERE-R1={tmp_path}"], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[2].split("|")[1:-1] == [
-        " JMERE-R1     ",
-        " 50.0    ",
-        " 25.0 ",
-        " 33.3 ",
-        " 20.0–40.0  ",
-        " 75.0    ",
-        " 75.0   ",
-        " 1.12           ",
-    ]
-    (tmp_path / "b").mkdir()
-    metrics["scores"]["jmere"] = {**scores, "recall": 0.35}
-    metrics["samples"] = {
-        "n": 3,
-        "f1_at_k": [[1, 0.5, 0], [2, 0.6, 0], [3, 0.7, 0]],
-        "best_of_n": 0.8,
-        "distinct_answers": 1.5,
-        "distinct_paths": 2,
-    }
-    (tmp_path / "b" / "metrics.json").write_text(json.dumps(metrics))
-    (tmp_path / "b" / "predictions.jsonl").write_text(stored(RIGHT))
-    done = subprocess.run(
-        [*table, "two=FOLDER,FOLDER/b".replace("FOLDER", str(tmp_path))],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert [cell.strip() for cell in done.stdout.splitlines()[2].split("|")[1:-1]] == [
-        "two",
-        "50.0 ± 0.0",
-        "30.0 ± 7.1",
-        "33.3 ± 0.0",
-        "75.0 ± 0.0",
-        "75.0 ± 0.0",
-        "1.31 ± 0.27",
-    ]
-    done = subprocess.run(
-        [*table, "--votes", f"x={tmp_path / 'b'}"], capture_output=True, text=True, check=True
-    )
-    assert [line.split("|")[2:-1] for line in done.stdout.replace(" ", "").splitlines()[::2]] == [
-        ["F1@1", "F1@2", "F1@3", "bestofN", "distinctanswers", "paths"],
-        ["50.0", "60.0", "70.0", "80.0", "1.5", "2.0"],
-    ]
-    missing = subprocess.run([*table, "x=nowhere"], capture_output=True, text=True)
-    assert missing.returncode == 2
-    assert "nowhere/metrics.json: no scores to read" in missing.stderr
-
-
-def test_summary_shares_the_gain_and_draws(tmp_path):
-    folders = [tmp_path / "seed-1", tmp_path / "seed-2"]
-
-    def write(folder, run, f1, predictions):
-        jmere = {"precision": f1, "recall": f1, "f1": f1, "f1_95": [0, 1]}
-        metrics = {
-            "scores": {"jmere": jmere, "mner": {"f1": f1}},
-            "responses": {"responses": 2, "unparsed": 0},
-        }
-        metrics["samples"] = {
-            "n": 2,
-            "f1_at_k": [[1, f1, 0], [2, f1, 0]],
-            "best_of_n": f1,
-            "distinct_answers": 1,
-            "distinct_paths": 1,
-        }
-        (folder / run).mkdir(parents=True)
-        (folder / run / "metrics.json").write_text(json.dumps(metrics))
-        (folder / run / "predictions.jsonl").write_text(predictions)
-
-    half = stored(RIGHT, texts="a") + stored("no answer", texts="b")
-    for folder, grpo in zip(folders, (1.0, 0.0)):
-        write(folder, "test-zero", 0.25 * grpo, stored("", prompt="direct"))
-        write(folder, "test-sft", 0.5, half)
-        write(folder, "test-grpo", grpo, stored(RIGHT if grpo else "no answer"))
-        write(folder, "test-group-2", 0.5, half)
-        for run in ("vote", "vote-sft", "test-answer", "test-only-rl", "test-grey"):
-            write(folder, run, 0.5, half)
-        (folder / "grpo").mkdir()
-        (folder / "grpo" / "metrics.jsonl").write_text(
-            "".join(json.dumps({"step": i, "reward": i / 12}) + "\n" for i in range(12))
-        )
-    write(folders[0], "test-group-4", 0.4, half)
-    assert summary.group_sizes(folders) == {2: "test-group-2", 8: "test-grpo"}  # of 4, seed 2 has none
-
-    command = [
-        sys.executable,
-        str(ROOT / "demo" / "summary.py"),
-        str(tmp_path),
-        "--seeds",
-        "1",
-        "2",
-        "--out",
-        str(tmp_path / "x.png"),
-    ]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()]
-    assert [
-        "CoT-SFT",
-        *["50.0 ± 0.0"] * 4,
-        "100.0 ± 0.0",
-        "0.75 ± 0.00",
-        "+0.0 ± 70.7",
-    ] in rows  # −50 and +50 points against JMERE-R1
-    assert ["JMERE-R1", *["50.0 ± 70.7"] * 4, "100.0 ± 0.0", "0.75 ± 1.06", ""] in rows
-    assert ["zero-shot", *["12.5 ± 17.7"] * 4, "100.0 ± 0.0", "–", "-37.5 ± 53.0"] in rows
-    one, two = (next(row for row in rows if row[:1] == [seed]) for seed in "12")
-    # Both tweets right against one of two. A quarter of all resamples holds only the one that both get right: p is about ½.
-    assert one[:7] + one[8:] == [
-        "1",
-        "25.0",
-        "50.0",
-        "100.0",
-        "33 %",
-        "67 %",
-        "+50.0 (0.0 … 100.0)",
-        "0.75 → 1.50",
-    ]
-    assert 0.4 < float(one[7]) < 0.6
-    assert two[:7] + two[8:] == [
-        "2",
-        "0.0",
-        "50.0",
-        "0.0",
-        "no gain",
-        "no gain",
-        "-50.0 (-100.0 … 0.0)",
-        "0.75 → 0.00",
-    ]
-    assert f"{folders[0] / 'test-no-partial'} was not made." in printed
-    assert Image.open(tmp_path / "x.png").size == (960, 288)
-
-    missing = subprocess.run([*command, "--seeds", "3"], capture_output=True, text=True)
-    assert missing.returncode == 2
-    assert "seed-3/test-zero/metrics.json: no scores to read" in missing.stderr
-    (folders[1] / "grpo" / "metrics.jsonl").unlink()
-    untrained = subprocess.run(command, capture_output=True, text=True)
-    assert untrained.returncode == 2
-    assert "seed-2/grpo/metrics.jsonl: cannot read" in untrained.stderr
-
-
-def test_command_line_writes_what_it_says(tmp_path):
-    command = [
-        sys.executable,
-        str(ROOT / "demo" / "world.py"),
-        "--out",
-        str(tmp_path),
-        "--train",
-        "4",
-        "--val",
-        "2",
-        "--test",
-        "2",
-    ]
-    environment = {**os.environ, "PYTHONPATH": ""}
-    subprocess.run(command, check=True, cwd=tmp_path, env=environment, capture_output=True)
-    row = json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0])
-    assert list(row) == ["id", "text", "image", "quintuples"]
-    assert (tmp_path / row["image"]).exists()

@@ -786,8 +786,9 @@ ENV = {
 def small_world(tmp_path_factory):
     out = tmp_path_factory.mktemp("world")
     subprocess.run(
-        [sys.executable, ROOT / "demo/world.py", "--out", out, "--train", "1", "--val", "1", "--test", "5"],
+        [sys.executable, "-m", "demo.world", "--out", out, "--train", "1", "--val", "1", "--test", "5"],
         check=True,
+        cwd=ROOT,
         env=ENV,
     )
     return out
@@ -797,8 +798,9 @@ def small_world(tmp_path_factory):
 def tiny(request, tmp_path_factory):
     out = tmp_path_factory.mktemp(request.param)
     subprocess.run(
-        [sys.executable, ROOT / "demo/make_base.py", "--arch", request.param, "--out", out],
+        [sys.executable, "-m", "demo.base.build", "--arch", request.param, "--out", out],
         check=True,
+        cwd=ROOT,
         env=ENV,
     )
     return out

@@ -1,4 +1,4 @@
-"""01 end to end against `transformers serve`, a real OpenAI-compatible server, with the tiny LLaVA of demo/make_base.py."""
+"""01 end to end against `transformers serve`, a real OpenAI-compatible server, with the tiny LLaVA of demo/base/build.py."""
 
 import importlib.util
 import os
@@ -31,8 +31,9 @@ def server(tmp_path_factory):
     """(base URL, model folder) of a server that answers."""
     model, log = tmp_path_factory.mktemp("llava"), tmp_path_factory.mktemp("log") / "serve.log"
     subprocess.run(
-        [sys.executable, ROOT / "demo" / "make_base.py", "--arch", "llava", "--out", model],
+        [sys.executable, "-m", "demo.base.build", "--arch", "llava", "--out", model],
         check=True,
+        cwd=ROOT,
         capture_output=True,
     )
     with socket.socket() as free:

@@ -1,0 +1,1 @@
+"""What was measured, and with what: README.md here."""

@@ -1,0 +1,297 @@
+"""The tables and figures of demo/RESULTS.md, from the folders that run.sh and ablations.sh left.
+
+    python -m demo.tables runs/demo-llava                                    # of one run
+    python -m demo.tables runs/ablations/seed-* --figures figures.png        # of several seeds: mean ± sd
+
+Reads:  WORK/*/metrics.json and predictions.jsonl of 05; for --figures also WORK/grpo/metrics.jsonl of 04.
+Writes: the tables, to the screen, each naming the run it lacks, if it does. --figures: the reward before, in
+and after GRPO, Figure 3 (gain by size of the group), Figure 5 (F1 of the vote of k responses).
+"""
+
+import argparse
+import json
+from pathlib import Path
+from statistics import mean, stdev
+
+import common
+from lib import data, scoring
+
+PARADIGMS = {  # row: the folder that run.sh gives it
+    "zero-shot": "test-zero",
+    "SFT": "test-answer",
+    "CoT-SFT": "test-sft",
+    "Only-RL": "test-only-rl",
+    "JMERE-R1": "test-grpo",
+    "JMERE-R1, grey images": "test-grey",
+}
+WITHOUT = {
+    "JMERE-R1": "test-grpo",
+    "no partial reward": "test-no-partial",
+    "no score filter": "test-no-score",
+    "no re-prediction filter": "test-no-reprediction",
+    "no filter": "test-no-filter",
+}
+VOTES = {"CoT-SFT": "vote-sft", "JMERE-R1": "vote"}
+WINDOW = 8  # updates of the running mean: one batch of prompts is easier than the next
+
+
+# ------------------------------------------------------------------------------------------------ one run
+
+
+def read(folder, *parts):
+    """metrics.json of a run → {part: what it holds}. Raises InputError where a part is not there."""
+    path = Path(folder) / "metrics.json"
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        return {part: metrics[part] for part in parts}
+    except (OSError, ValueError, KeyError) as error:
+        maker = "05_eval.py --samples" if "samples" in parts else "05_eval.py"
+        fault = f"no scores to read ({type(error).__name__}: {error})"
+        raise common.InputError(f"{path}: {fault}: made by {maker} on data with gold") from None
+
+
+def f1(folder):
+    """JMERE F1 of a run, in percent."""
+    return 100 * read(folder, "scores")["scores"][common.HEADLINE]["f1"]
+
+
+def reward(folder):
+    """Mean reward of a run's responses as 04 gives it by default (Eq. 5): 0 … 1.5.
+
+    None where they were asked for the answer alone.
+    """
+    rewards = []
+    for _, row in data.read_jsonl(Path(folder) / "predictions.jsonl"):
+        if row["prompt"] == "direct":
+            return None
+        gold = [common.quintuple(*q) for q in row["quintuples"]]
+        rewards += [reward_of(response["text"], gold) for response in row["responses"]]
+    return mean(rewards)
+
+
+def reward_of(text, gold):
+    """Eq. 5 with the paper's weights."""
+    response = common.parse_response(text)
+    accuracy = common.accuracy_reward(response, gold)
+    partial = common.partial_reward(response, gold)
+    return accuracy + 0.2 * partial + 0.1 * common.format_reward(response)
+
+
+def scores(folder):
+    """{column: figure} of one run; the interval as (low, high)."""
+    metrics = read(folder, "scores", "responses")
+    jmere = metrics["scores"][common.HEADLINE]
+    low, high = jmere["f1_95"]
+    responses = metrics["responses"]
+    return {
+        "JMERE P": 100 * jmere["precision"],
+        "R": 100 * jmere["recall"],
+        "F1": 100 * jmere["f1"],
+        "95 % of F1": (100 * low, 100 * high),
+        "MNER F1": 100 * metrics["scores"]["mner"]["f1"],
+        "parsed": 100 - 100 * responses["unparsed"] / responses["responses"],
+        "reward (≤ 1.5)": reward(folder),
+    }
+
+
+def votes(folder):
+    """{column: figure} of one run with many responses: F1@1, F1@2, F1@4, …, and how much they differ."""
+    many = read(folder, "samples")["samples"]
+    curve = {k: 100 * f1 for k, f1, _ in many["f1_at_k"]}
+    shown = [k for k in curve if k & (k - 1) == 0 or k == many["n"]]  # powers of 2, and the last
+    cells = {f"F1@{k}": curve[k] for k in shown}
+    cells["best of N"] = 100 * many["best_of_n"]
+    cells["distinct answers"] = many["distinct_answers"]
+    cells["paths"] = many["distinct_paths"]
+    return cells
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+def spread(values, digits=1, sign=""):
+    """Mean of one figure over seeds, ± its standard deviation."""
+    text = f"{mean(values):{sign}.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {stdev(values):.{digits}f}"
+    return text
+
+
+def table_row(name, folders, figures):
+    """{column: cell} of a run over its seeds. figures: `scores` or `votes`."""
+    runs = [figures(folder) for folder in folders]
+    cells = {"test set (%)": name}
+    for column, first in runs[0].items():
+        values = [run[column] for run in runs]
+        if None in values:
+            cells[column] = "–"
+        elif not isinstance(first, tuple):
+            cells[column] = spread(values, digits=2 if column.startswith("reward") else 1)
+        elif len(runs) == 1:  # the interval over tweets of one run says nothing of several
+            cells[column] = "–".join(f"{x:.1f}" for x in first)
+    return cells
+
+
+def print_rows(rows):
+    """Rows, dicts with the columns of the first one, as Markdown that aligns."""
+    header = list(rows[0])
+    lines = [header] + [[row.get(column, "") for column in header] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        print(f"| {' | '.join(cells)} |")
+
+
+def lacks(folders, runs):
+    """The first run that some seed has no scores of, or None. runs: {row: its folder}."""
+    for run in runs.values():
+        for folder in folders:
+            if not (folder / run / "metrics.json").exists():
+                return folder / run
+    return None
+
+
+def show(title, folders, runs, figures=scores):
+    """Print one table over seeds; runs: {row: folder}. ΔF1 is against JMERE-R1 of the same seed."""
+    print(f"\n**{title}**\n")
+    lacking = lacks(folders, runs)
+    if lacking:
+        print(f"{lacking} was not made (demo/ablations.sh makes it).")
+        return
+    rows = []
+    for name, run in runs.items():
+        row = table_row(name, [folder / run for folder in folders], figures)
+        if figures is scores:
+            deltas = [f1(folder / run) - f1(folder / "test-grpo") for folder in folders]
+            row["ΔF1"] = "" if run == "test-grpo" else spread(deltas, sign="+")
+        rows.append(row)
+    print_rows(rows)
+
+
+def gain_row(folder):
+    """{column: cell} of one seed: what SFT and GRPO each add to the test F1 and to the test reward.
+
+    GRPO's gain has the paired bootstrap over tweets that 05_eval.py --compare makes.
+    """
+    zero, sft, grpo = (f1(folder / run) for run in ("test-zero", "test-sft", "test-grpo"))
+    runs = [f"{name}={folder / PARADIGMS[name]}" for name in ("CoT-SFT", "JMERE-R1")]
+    settings = argparse.Namespace(compare=runs, limit=None, vote="set", tau=0.5, resamples=1000, seed=0)
+    compared = next(row for row in scoring.compare(settings, None) if "p" in row)
+    low, high = compared["difference_95"]
+    rewards = [reward(folder / run) for run in ("test-sft", "test-grpo")]
+    return {
+        "seed": folder.name.removeprefix("seed-"),
+        "zero-shot": f"{zero:.1f}",
+        "CoT-SFT": f"{sft:.1f}",
+        "JMERE-R1": f"{grpo:.1f}",
+        "from SFT": share(sft - zero, grpo - zero),
+        "from GRPO": share(grpo - sft, grpo - zero),
+        "GRPO's gain (95 %)": f"{grpo - sft:+.1f} ({100 * low:.1f} … {100 * high:.1f})",
+        "p": f"{compared['p']:.3f}",
+        "test reward": " → ".join(f"{value:.2f}" for value in rewards),
+    }
+
+
+def share(part, whole):
+    """In percent, where there was something to share."""
+    if whole <= 0:
+        return "no gain"
+    return f"{100 * part / whole:.0f} %"
+
+
+def group_sizes(folders):
+    """{size of a group: its run} of those that every seed has; 8 is the main one."""
+    runs = {8: "test-grpo"}
+    for path in folders[0].glob("test-group-*"):
+        if path.is_dir():
+            runs[int(path.name.removeprefix("test-group-"))] = path.name
+    return {size: run for size, run in sorted(runs.items()) if not lacks(folders, {size: run})}
+
+
+# ------------------------------------------------------------------------------------------------ figures
+
+
+def draw(folders, out):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    reward_axes, group_axes, vote_axes = figure.subplots(1, 3)
+    draw_rewards(reward_axes, folders)
+    draw_group_sizes(group_axes, folders)
+    draw_votes(vote_axes, folders)
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+    figure.savefig(out, dpi=80)
+
+
+def draw_rewards(axes, folders):
+    """The training reward of each seed, between the test reward before and after."""
+    for number, folder in enumerate(folders):
+        colour = f"C{number}"
+        rewards = [row["reward"] for _, row in data.read_jsonl(folder / "grpo" / "metrics.jsonl")]
+        smooth = [mean(rewards[i : i + WINDOW]) for i in range(len(rewards) - WINDOW + 1)]
+        axes.plot(range(WINDOW, len(rewards) + 1), smooth, color=colour, alpha=0.4)
+        ends = [reward(folder / run) for run in ("test-sft", "test-grpo")]
+        axes.plot([0, len(rewards)], ends, "--o", color=colour, label=folder.name.replace("-", " "))
+    axes.set(title="reward: test set (dots), training (lines)", xlabel="update")
+    axes.set(ylabel=f"mean; training: of {WINDOW} updates")
+
+
+def draw_group_sizes(axes, folders):
+    """Figure 3."""
+    sizes = group_sizes(folders)
+    for number, folder in enumerate(folders):
+        gains = [f1(folder / run) - f1(folder / "test-sft") for run in sizes.values()]
+        axes.plot(range(len(sizes)), gains, "-o", color=f"C{number}", label=folder.name.replace("-", " "))
+    axes.axhline(0, color="grey", linestyle="--")
+    axes.set_xticks(range(len(sizes)), sizes)
+    axes.set(title="Figure 3: size of a group", xlabel="responses a prompt")
+    axes.set(ylabel="test F1 above CoT-SFT (points)")
+
+
+def draw_votes(axes, folders):
+    """Figure 5; empty where a seed has no votes."""
+    if not lacks(folders, VOTES):
+        for name, run in VOTES.items():
+            curves = [read(folder / run, "samples")["samples"]["f1_at_k"] for folder in folders]
+            responses = [k for k, _, _ in curves[0]]
+            means = [100 * mean(f1 for _, f1, _ in points) for points in zip(*curves, strict=True)]
+            axes.plot(responses, means, marker=".", label=name)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.set(title="Figure 5: vote of many responses", xlabel="responses k")
+    axes.set(ylabel="test F1@k (%), mean of seeds")
+
+
+# ------------------------------------------------------------------------------------------------ main
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("work", nargs="+", type=Path, help="WORK of run.sh, one or a seed each [ours]")
+    parser.add_argument("--figures", type=Path, help="picture to draw [ours: none]")
+    return parser.parse_args(argv)
+
+
+@common.exit_codes
+def main(args):
+    folders = args.work
+    show("Five paradigms (Tables 1 and 3)", folders, PARADIGMS)
+    print("\n**Share of the gain over zero-shot, and what GRPO adds to CoT-SFT**\n")
+    print_rows([gain_row(folder) for folder in folders])
+    show("Ablations (Table 2)", folders, WITHOUT)
+    sizes = {f"group of {size}": run for size, run in group_sizes(folders).items()}
+    show("Size of a group (Figure 3)", folders, sizes)
+    title = "Many responses (Figure 5): temperature 0.8, most frequent set of quintuples"
+    show(title, folders, VOTES, votes)
+    if args.figures:
+        draw(folders, args.figures)
+
+
+if __name__ == "__main__":
+    main(parse_args())

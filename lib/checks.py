@@ -27,7 +27,7 @@ def usable_splits(train, val, processor, dtype, args, ranks):
         content["base model"] = vlm.weights_digest(args.model)
         if getattr(args, "adapter", None):
             weights = Path(args.adapter) / "adapter_model.safetensors"
-            content["start adapter"] = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
+            content["start adapter"] = _digest(weights)[:16]
     return train, val, content
 
 
@@ -45,7 +45,8 @@ def usable(examples, processor, args, ranks):
     looks = []
     hidden = None if ranks.main else True
     with ranks.together(), ThreadPoolExecutor() as pool:  # PIL decodes without the GIL
-        bar = tqdm(pool.map(_look, mine), total=len(mine), desc="check images", unit="img", disable=hidden)
+        found = pool.map(_look, mine)
+        bar = tqdm(found, total=len(mine), desc="check images", unit="img", disable=hidden)
         for example, (size, digest, fault) in zip(mine, bar, strict=True):
             fault = fault or _prompt_fault(example, processor, template, size, room)
             looks.append((fault, digest))
@@ -59,7 +60,8 @@ def usable(examples, processor, args, ranks):
     for example, (fault, digest) in zip(examples, found, strict=True):
         if not fault:
             kept.append(example)
-            row = [example.id, example.text, example.quintuples, example.row.get("cot"), digest]
+            row = [example.id, example.text, example.quintuples]
+            row += [example.row.get("cot"), digest]
             content.update(json.dumps(row).encode())
     return kept, content.hexdigest()[:16]
 
@@ -68,10 +70,15 @@ def _look(example):
     """→ (size (width, height), digest of the file, None), or (None, None, what is wrong with it)."""
     try:
         size = data.load_image(example.image).size
-        digest = hashlib.sha256(Path(example.image).read_bytes()).hexdigest()
+        digest = _digest(example.image)
     except InputError as error:
         return None, None, str(error)
     return size, digest, None
+
+
+def _digest(path):
+    content = Path(path).read_bytes()
+    return hashlib.sha256(content).hexdigest()
 
 
 def _prompt_fault(example, processor, template, size, room):
@@ -121,8 +128,10 @@ def prove(model, processor, example, args, ranks):
     with ranks.together():
         ids = processor.tokenizer(PROBE, add_special_tokens=False)["input_ids"]
         [prompt] = vlm.encode(model, processor, [(text, example.image)])
-        own = vlm.own_logits(model, processor, text, example.image, ids).log_softmax(-1)  # [C + 1, V]
-        wanted = own[:-1].gather(1, torch.tensor(ids, device=own.device)[:, None])[:, 0]
+        own = vlm.own_logits(model, processor, text, example.image, ids)  # [C + 1, V]
+        own = own.log_softmax(-1)
+        chosen = torch.tensor(ids, device=own.device)
+        wanted = own[:-1].gather(1, chosen[:, None])[:, 0]
         packed, _, _ = rollout.completion_logps(model, [prompt], [[ids, ids]])
         difference = (packed - wanted).abs().mean().item()
         _refuse(difference, base, "the packed pass")

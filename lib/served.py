@@ -60,12 +60,14 @@ NEUTRAL |= {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penal
 TOLD = {"add_special_tokens": True, "return_token_ids": True, "logprobs": True, "top_logprobs": 0}
 
 
-class Refused(Exception):
-    """An answer that another try would not change."""
+class Refused(InputError):
+    """What the server says no to, whatever is tried again."""
 
-    def __init__(self, status, words):
-        super().__init__(words)
+    def __init__(self, url, status, words):
+        hint = " (VLLM_API_KEY must hold the server's key)" if status == 401 else ""
+        super().__init__(f"--rollout-url {url}: {status}, {words}{hint}")
         self.status = status
+        self.words = words
 
 
 def add_arguments(group):
@@ -103,7 +105,8 @@ class Server:
         described = describe(name)
         self.stops = vlm.stop_ids(described, processor)
         self.banned = vlm.image_ids(described)
-        base = next((model for model in self._models() if model.get("max_model_len")), None)
+        models = self._call("/v1/models", parse=json.loads)["data"]
+        base = next((model for model in models if model.get("max_model_len")), None)
         if base is None:
             raise InputError(f"--rollout-url {url}: a server, but not vLLM's: it tells no max_model_len")
         self.base = base["id"]
@@ -111,18 +114,11 @@ class Server:
         if ranks.main:
             print(f"responses by vLLM at {self.url}, serving {base['root']}", flush=True)
 
-    def _models(self):
-        try:
-            return self._call("/v1/models", parse=json.loads)["data"]
-        except Refused as refusal:
-            fault = f"--rollout-url {self.url}: {refusal}; its key, if it has one, is read from VLLM_API_KEY"
-            raise InputError(fault) from None
-
     def _call(self, path, body=None, parse=str, outages=OUTAGES):
         """The answer, parsed; an outage is waited out. Raises Refused, and Stopped after PATIENCE."""
         content = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, content, self.headers)
-        began = time.monotonic()
+        since = None  # when it began to fail
         wait = 0.5
         while True:
             try:
@@ -133,10 +129,11 @@ class Server:
             except urllib.error.HTTPError as error:
                 fault = words(error)
                 if error.code not in outages:
-                    raise Refused(error.code, fault) from None
+                    raise Refused(self.url, error.code, fault) from None
             except (OSError, http.client.HTTPException, ValueError) as error:
                 fault = common.first_line(error) or type(error).__name__
-            if time.monotonic() - began > PATIENCE:
+            since = since or time.monotonic()
+            if time.monotonic() - since > PATIENCE:
                 advice = "start the server again; then the same command goes on"
                 raise Stopped(f"{self.url}: {fault}, for {PATIENCE / 60:.0f} minutes: {advice}")
             if not self.away and self.ranks.main:
@@ -163,7 +160,7 @@ class Server:
 
     def _tidy(self):
         """Drop what a killed run left. Here, not at the start: only now this run holds the lock of OUT."""
-        for model in self._models():
+        for model in self._call("/v1/models", parse=json.loads)["data"]:
             if model.get("parent") and Path(model["root"]).is_relative_to(self.folder):
                 self._drop(model["id"])
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -183,15 +180,14 @@ class Server:
                 self._call("/v1/load_lora_adapter", body, outages=outages)
                 return
             except Refused as refusal:
-                fault = str(refusal)
+                fault = refusal.words
             if "already been loaded" in fault:  # by another rank, or the answer was lost
                 return
-            if "No adapter found" not in fault:
-                break
-            if time.monotonic() > until:
-                fault = f"it does not see {folder}: --out must be on storage that both see, under one path"
+            if "No adapter found" not in fault or time.monotonic() > until:
                 break
             time.sleep(1)
+        if "No adapter found" in fault:
+            fault = f"it does not see {folder}: --out must be on storage that both see, under one path"
         if fault == "Not Found":
             fault = "start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
         raise InputError(f"--rollout-url {self.url} takes no adapter: {fault}")
@@ -234,7 +230,7 @@ class Server:
                 return self._samples(reply, image, prompt_ids, drawing)
             except Refused as refusal:
                 if refusal.status != 404 or not self.adapter:
-                    raise InputError(f"{image}: {self.url} refuses the prompt: {refusal}") from None
+                    raise
             self._load(self.adapter)  # the server was started again
         raise Stopped(f"{self.url} forgets its adapter while it is asked: look at its log")
 
@@ -281,7 +277,7 @@ class Server:
                 return
             images = [image]
             for name, pixels in pixel_limits(self.processor).items():
-                side = int(pixels**0.5 * (2 if name == "max_pixels" else 0.5))
+                side = max(14, int(pixels**0.5 * (2 if name == "max_pixels" else 0.5)))
                 images.append(f"{folder}/{name}.png")
                 Image.new("RGB", (side, side), "teal").save(images[-1])
             stop = self.stops[0]
@@ -358,6 +354,7 @@ def words(error):
     text = error.read().decode(errors="replace")
     try:
         body = json.loads(text)
-        return body["error"]["message"] if "error" in body else body["detail"]
+        text = body["error"]["message"] if "error" in body else body["detail"]
     except (ValueError, KeyError, TypeError):
-        return common.first_line(text) or f"HTTP {error.code}"
+        pass  # no JSON, or none of vLLM's
+    return common.first_line(text) or f"HTTP {error.code}"

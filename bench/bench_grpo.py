@@ -22,7 +22,8 @@ False (our k3).
         --vocab 1000 --prompt-tokens 160 --completion-tokens 16 --rounds 1             # seconds
     # the 7B's shape with random weights, on a GPU of 80 GB
     python -m bench.bench_grpo --device cuda --dtype bf16 --static-cache --hidden 3584 --layers 28 \\
-        --heads 28 --kv-heads 4 --ffn 18944 --vocab 152064 --lora-rank 128 --prompt-tokens 700 --completion-tokens 256
+        --heads 28 --kv-heads 4 --ffn 18944 --vocab 152064 --lora-rank 128 \\
+        --prompt-tokens 700 --completion-tokens 256
 
 Reads:  nothing; needs `trl` and `datasets` for TRL's ways.
 Writes: OUT, if given: a line {"way": "ours", "measured": "time", "P": 512, "C": 128, "G": 8, "B": 2, …}

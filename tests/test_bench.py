@@ -125,7 +125,7 @@ def test_flop_are_those_of_the_formula_and_of_flop_counter_mode(arch, tiny, as_o
     attention = prompt_attention + 2 * 4 * hidden * G * C * (P + C)
     assert meter.parts["reference"]["flop"] == linear + attention
 
-    # FlopCounterMode does not know the CPU's attention: of the prefill, of two passes, and of the backward pass.
+    # FlopCounterMode does not know the CPU's attention: of the prefill, two passes and the backward pass.
     unknown = prompt_attention + 2 * attention + attention * 5 // 2
     assert sum(part["flop"] for part in meter.parts.values()) == counter.get_total_flops() + unknown
 

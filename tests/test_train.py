@@ -20,9 +20,9 @@ sft, grpo = stage("03_sft"), stage("04_grpo")
 # -------------------------------------------------------------------------------- GRPO's formulas
 
 
-def trl_loss(logps, ref_logps, advantages, mask, kl_coef, loss_type="grpo"):
+def trl_loss(logps, ref_logps, advantages, mask, kl_coef, loss_type="grpo", importance=None):
     """TRL's own loss code on the same numbers: k3 as in the paper, one update. Everything else it reads is
-    off."""
+    off, but for the importance weights [N, C] of vLLM's samples, where given."""
     from trl import GRPOTrainer
 
     trainer = SimpleNamespace(
@@ -36,7 +36,8 @@ def trl_loss(logps, ref_logps, advantages, mask, kl_coef, loss_type="grpo"):
         importance_sampling_level="token",
         top_entropy_quantile=1.0,
         current_gradient_accumulation_steps=1,
-        use_vllm=False,
+        use_vllm=importance is not None,
+        vllm_importance_sampling_correction=True,
         off_policy_mask_threshold=None,
         aux_loss_enabled=False,
         _entropy_bonus_enabled=False,
@@ -51,6 +52,7 @@ def trl_loss(logps, ref_logps, advantages, mask, kl_coef, loss_type="grpo"):
         "completion_mask": mask.long(),
     }
     inputs |= {"advantages": advantages, "ref_per_token_logps": ref_logps, "num_items_in_batch": mask.sum()}
+    inputs["importance_sampling_ratio"] = importance
     return GRPOTrainer._compute_loss(trainer, None, inputs)
 
 

@@ -1,8 +1,8 @@
-"""An OpenAI-compatible server on loopback that answers by rule and misbehaves on order. Standard library only.
+"""An OpenAI-compatible server on loopback that answers by rule and misbehaves on order.
 
 with FakeOpenAI(answer, faults=["429", "reset"]) as server: … server.url, server.requests
     answer(body, prompt) → list of answer texts, or of choice dicts, one a choice; body is the parsed request.
-    faults: names of FAULTS, taken one a request, then none; or a function of the request's number → name or None.
+    faults: names of FAULTS, one a request, then none; or a function of the request's number → name or None.
 """
 
 import asyncio
@@ -20,8 +20,10 @@ QUOTA = {
 FILTER = {"error": {"message": "filtered by policy", "type": None, "code": "content_filter"}}
 FAULTS = {  # name: (status, headers, body); the others are written out in _handle
     "429": (429, {}, RATE_LIMIT), "429-ms": (429, {"retry-after-ms": "300", "retry-after": "9"}, RATE_LIMIT),
-    "429-s": (429, {"retry-after": "0.2"}, RATE_LIMIT), "429-day": (429, {"retry-after": "86400"}, RATE_LIMIT),
-    "429-quota": (429, {}, QUOTA), "400-filter": (400, {}, FILTER), "200-error": (200, {}, {"error": {"message": "busy", "code": 502}}),
+    "429-s": (429, {"retry-after": "0.2"}, RATE_LIMIT),
+    "429-day": (429, {"retry-after": "86400"}, RATE_LIMIT),
+    "429-quota": (429, {}, QUOTA), "400-filter": (400, {}, FILTER),
+    "200-error": (200, {}, {"error": {"message": "busy", "code": 502}}),
     "200-auth": (200, {}, {"error": {"message": "no such key", "code": 401}}),
     "html": (200, {"content-type": "text/html"}, b"<html>Bad gateway</html>"), "empty": (200, {}, b""),
     "no-choices": (200, {}, {"choices": [], "model": "fake"}), "list": (200, {}, []),
@@ -153,7 +155,10 @@ class FakeOpenAI:
         return True
 
     async def _batch_api(self, path, raw, writer):
-        """/v1/files and /v1/batches. `batch_fault(number of the request line)` → None, "missing", "expired" or a name of FAULTS."""
+        """/v1/files and /v1/batches.
+
+        `batch_fault(number of the request line)` → None, "missing", "expired" or a name of FAULTS.
+        """
         kind, _, name = path.strip("/").partition("/")
         if kind == "files" and not name:
             body = raw.partition(b'filename="')[2].partition(b"\r\n\r\n")[2].partition(b"\r\n--")[0]

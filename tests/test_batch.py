@@ -7,7 +7,7 @@ from fake_openai import FakeOpenAI
 from test_distill_filter import data, rows_of, run, teacher  # noqa: F401
 
 import common
-from lib import api, ask
+from lib import api, ask, batches
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ def test_same_rows_as_live(tmp_path):
 
 
 def test_lost_expired_and_failed_lines_are_sent_again(tmp_path):
-    """Lines missing from both files, expired, 500 and 429 come in the second batch; 400 and 401 are final; a filter is an answer."""
+    """Missing, expired, 500 and 429 come in the second batch; 400 and 401 are final; a filter answers."""
     faults = ["missing", "expired", "500", "429", "400", "400-filter", None, "401"]
     with FakeOpenAI(echo) as server:
         server.batch_fault = lambda number: faults[number] if number < len(faults) else None
@@ -81,7 +81,7 @@ def test_fewer_choices_are_topped_up(tmp_path):
 
 @pytest.mark.parametrize("limits, sizes", [((3, 10**6), [3, 3, 1]), ((99, 450), [2, 2, 2, 1])])
 def test_chunks_keep_within_the_limits(tmp_path, monkeypatch, limits, sizes):
-    monkeypatch.setattr(ask, "BATCH_LIMITS", limits)
+    monkeypatch.setattr(batches, "BATCH_LIMITS", limits)
     with FakeOpenAI(echo) as server:
         assert ask_jobs(server, tmp_path / "o.jsonl", "submit") == 0
         files = [server.files[batch["input_file_id"]] for batch in server.batches.values()]

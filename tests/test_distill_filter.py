@@ -21,7 +21,10 @@ from lib import data as files
 ROOT = Path(__file__).parent.parent
 distill, select = importlib.import_module("01_distill"), importlib.import_module("02_filter")
 GOLD = [["Josh Gordon", "per", "Browns", "org", "member of"]]
-CHAIN = "Image Description: {0} a man\nVisual-Text Alignment: he is Josh Gordon\nQuintuple Reasoning: so per, and a member"
+CHAIN = (
+    "Image Description: {0} a man\nVisual-Text Alignment: he is Josh Gordon\n"
+    "Quintuple Reasoning: so per, and a member"
+)
 
 
 @pytest.fixture
@@ -42,11 +45,11 @@ def data(tmp_path):
     return tmp_path
 
 
-def run(script, *args, key="sk-secret-1234", **env):
+def run(script, *args, key="sk-secret-1234", cwd=None, **env):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI")} | env
     environment |= {"OPENAI_API_KEY": key} if key else {}
     command = [sys.executable, ROOT / script, *map(str, args)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=cwd)
     assert "Traceback" not in done.stderr, done.stderr
     assert key is None or key not in done.stdout + done.stderr
     return done
@@ -57,7 +60,7 @@ def rows_of(path):
 
 
 def teacher(chains=None, scores=None, prediction=None):
-    """chains: {k: text} for candidates other than good ones; scores and prediction: functions of the prompt."""
+    """chains: {k: text} of candidates that are not good; scores, prediction: functions of the prompt."""
 
     def answer(body, prompt):
         if prompt.startswith("Score"):
@@ -202,7 +205,8 @@ def test_human_agreement(data):
         and found["histogram"]["-0.3"] == 1
         and found["histogram"]["+0.5"] == 1
     )
-    # squared gaps 0 + 0 + 9 + 25 = 34; all 16 pairings of (10, 8, 6, 10) with (10, 8, 9, 5): 30 + 14 + 30 + 30 = 104, over 4 = 26
+    # Squared gaps 0 + 0 + 9 + 25 = 34; all 16 pairings of (10, 8, 6, 10) with (10, 8, 9, 5):
+    # 30 + 14 + 30 + 30 = 104, over 4 = 26.
     assert found["kappa"] == pytest.approx(1 - 34 / 26)
     assert Image.open(data / "sft.human.png").size[0] > 100 and "+0.5      1 #" in done.stdout
 
@@ -462,7 +466,8 @@ def test_hide_answer():
     gold = [common.quintuple(*GOLD[0]), common.quintuple("A (b), c", "org", "D", "loc", "locate at")]
     cot = (
         CHAIN.format("")
-        + "\nThus (Josh Gordon, per, Browns, org, member of) holds, and [A (b), c, org, D, loc, locate_at] too.\n"
+        + "\nThus (Josh Gordon, per, Browns, org, member of) holds, "
+        + "and [A (b), c, org, D, loc, locate_at] too.\n"
         + "- [X, per, Y, org, member of]\nJosh Gordon plays, in short, for the Browns."
     )
     hidden = common.hide_answer(cot, gold)
@@ -471,3 +476,30 @@ def test_hide_answer():
         "Image Description"
     )
     assert re.search(r"Thus +holds, and +too\.", hidden)
+
+
+def test_bare_commands(data):
+    """With the release in data/ and the pictures in data/img, nothing else need be said."""
+    (data / "data" / "img").mkdir(parents=True)
+    (data / "train.jsonl").rename(data / "data" / "train.json")
+    for i in range(4):
+        (data / f"{i}.jpg").rename(data / "data" / "img" / f"{i}.jpg")
+    with FakeOpenAI(teacher()) as server:
+        for script in ("01_distill.py", "02_filter.py"):
+            done = run(script, cwd=data, OPENAI_BASE_URL=server.url)
+            assert done.returncode == 0, done.stderr
+    assert len(rows_of(data / "runs" / "cot.jsonl")) == 20
+    assert [row["image"] for row in rows_of(data / "runs" / "sft.jsonl")] == [
+        f"../data/img/{i}.jpg" for i in range(4)
+    ]
+
+
+@pytest.mark.parametrize(
+    "script, message",
+    [("01_distill.py", "--data data/train.json: no such file: the EEGA release goes there (README, Data)"),
+     ("02_filter.py", "--cot runs/cot.jsonl: no such file: 01_distill.py writes it")],
+)  # fmt: skip
+def test_bare_commands_in_an_empty_folder(tmp_path, script, message):
+    done = run(script, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())

@@ -12,19 +12,20 @@ Deviations and decisions
     export OPENAI_API_KEY=…
     python 01_distill.py --price 2.5 10 --dry-run       # what it will cost
     python 01_distill.py --price 2.5 10 --budget 60     # data/train.json, data/img → runs/cot.jsonl
-    python 01_distill.py --batch submit                 # half the price; a day later: --batch collect
+    python 01_distill.py --batch submit                 # half the price; later --batch status, collect
+    python 01_distill.py --retry malformed,length       # ask again what these left
     python 01_distill.py --base-url http://127.0.0.1:8000/v1 --model tiny
 
 Killed or stopped, the same command goes on and pays for nothing twice but the calls then in flight.
 
 Reads:  --data, one of the formats of data.load_examples, with gold quintuples
         {"id": "a", "text": "…", "image": "a.jpg", "quintuples": [["A", "per", "B", "org", "member of"]]}
-Writes: --out, append-only, one row a candidate; failed calls in *.errors.jsonl, counts in *.stats.json, data
-        card *.card.md
-        {"id": "a", …, "candidate": 0, "status": "ok|malformed|refusal|content_filter|length",
+Writes: --out, append-only, one row a candidate; beside it *.errors.jsonl (failed calls), *.stats.json (the
+        funnel), *.card.md (the data card), *.batches.json and *.unclaimed.jsonl (of the Batch API)
+        {"key": "…", "id": "a", …, "candidate": 0, "status": "ok|malformed|refusal|length|…",
          "cot": "Image Description: …", "response": "…", "model": "asked", "model_answered": "…",
-         "params": {}, "prompt_hash": "…", "image_hash": "…", "usage": {…}, "finish_reason": "stop",
-         "key": "…"}
+         "server": "…", "params": {}, "prompt_hash": "…", "image_hash": "…", "usage": {…},
+         "finish_reason": "stop"}
 """
 
 import json
@@ -32,7 +33,9 @@ from collections import Counter
 
 import common
 from common import at_least
-from lib import api, ask, data
+from lib import api, ask, data, reply
+
+MADE_BY = "01_distill.py"
 
 
 def parse_args(argv=None):
@@ -61,9 +64,11 @@ def parse_args(argv=None):
 
 def finish(row):
     """The row of one answer: the chain in canonical form, or "" and why there is none."""
-    cot = common.parse_cot(row["response"]) if row["status"] == "ok" else None
-    if row["status"] == "ok" and cot is None:
-        row["status"] = "malformed"
+    cot = None
+    if row["status"] == "ok":
+        cot = common.parse_cot(reply.spoken(row["response"]))
+        if cot is None:
+            row["status"] = "malformed"
     return {**row, "cot": cot or ""}
 
 
@@ -87,11 +92,13 @@ def funnel(path, jobs):
     status = Counter(row["status"] for row in rows)
     answered = {row["key"] for row in rows}
     good = {row["key"] for row in rows if row["status"] == "ok"}
+    chains = {(row["key"], row["cot"]) for row in rows if row["status"] == "ok"}
+    texts = {(row["key"], row["response"]) for row in rows}
     asked = sum(job.n for job in jobs)
     stages = [
-        ("asked", asked, len(jobs)),
-        ("answered", len(rows), len(answered)),
-        ("a chain of three parts", status["ok"], len(good)),
+        ("asked", asked, None, len(jobs)),
+        ("answered", len(rows), len(texts), len(answered)),
+        ("a chain of three parts", status["ok"], len(chains), len(good)),
     ]
     reasons = {name: count for name, count in status.items() if name != "ok"}
     if asked > len(rows):
@@ -101,15 +108,14 @@ def funnel(path, jobs):
 
 @common.exit_codes
 def main(args):
-    params = api.request_params(args)
-    client = api.ChatClient(
-        args.model, args.base_url, args.concurrency, args.timeout, args.price, args.budget, params
-    )
+    client = api.client_of(args, args.model)
+    again = ask.asked_again(args.retry)
+    data.existing("--data", args.data, data.RELEASE)
+    ask.check_outputs({**ask.beside_answers(args.out), **ask.beside(args.out)}, inputs=[args.data])
     if not args.dry_run:
-        client.require_key()
+        client.check()
 
     # 1. Examples. Every fault is found before the first paid call.
-    data.existing("--data", args.data, data.RELEASE)
     options = {"skip_bad": args.skip_bad, "merge_repeats": args.merge_repeats}
     examples = data.load_examples(args.data, args.image_dir, ("quintuples",), **options)
     examples = data.check_images(examples[: args.limit], args.skip_bad)
@@ -121,17 +127,24 @@ def main(args):
         prompt = common.DISTILL_PROMPT.format(text=example.text, gold=gold)
         jobs.append(client.job(data.to_row(example, args.out), prompt, example.image, args.n))
     if args.dry_run:
-        ask.print_estimate(client, jobs, 300, "distil")
+        ask.print_estimate(client, jobs, 300, "distil", args.out, again)
         return 0
 
     # 3. Ask.
-    with ask.AppendFile(args.out) as out:
+    with ask.AppendFile(args.out, MADE_BY, again) as out:
         check_same_run(args.out, jobs)
         try:
-            failed = ask.ask_all(client, jobs, out, finish, args.batch)
+            failed = ask.ask_all(
+                client, jobs, out, finish, args.batch, title="distil", must_differ=args.n > 1
+            )
         finally:
             stages, reasons = funnel(args.out, jobs)
-            stats = {"model": args.model, "params": params, "dollars": client.spent if args.price else None}
+            stats = {
+                "model": args.model,
+                "server": client.server.shown,
+                "params": client.params,
+                "dollars": client.spent if args.price else None,
+            }
             prompts = {"distil": common.DISTILL_PROMPT}
             ask.write_data_card(args.out, stages, reasons, stats, prompts, [args.out])
     return 1 if failed else 0

@@ -1,6 +1,7 @@
-"""One call to a chat server: client, request, what a reply means (SPEC §8).
+"""One call to a chat server: arguments, request, waiting, image (SPEC §8).
 
-Knows no task: a prompt goes in, text comes out.
+Knows no task: a prompt goes in, text comes out. Where it goes stands in lib/server, what a
+reply means in lib/reply.
 """
 
 import asyncio
@@ -12,54 +13,27 @@ import json
 import math
 import os
 import random
-import re
+import sys
 import time
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import ExifTags, Image
+from tqdm import tqdm
 
 from common import InputError, Stopped, above, at_least
-from lib.data import load_image
+from lib import data, reply
+from lib.reply import Again, CallFailed
+from lib.server import Server
 
-TOKENS = ("prompt_tokens", "completion_tokens")  # what a server counts and charges
-# What OpenAI-compatible servers read; anything else travels as PNG.
-SENT_AS_IS = ("JPEG", "PNG", "GIF", "WEBP")
-FATAL = {
-    401: "check OPENAI_API_KEY",
-    402: "no credit left",
-    403: "this key may not",
-    404: "check --model and --base-url",
+OUR_FIELDS = {
+    "model": "--model",
+    "messages": "the prompt, common.py",
+    "n": "--n",
+    "stream": "nothing: answers are read whole",
+    "temperature": "--temperature",
+    "max_tokens": "--max-tokens",
 }
-# Error codes of a filtered prompt.
-FILTERED = ("content_filter", "content_policy_violation", "moderation_blocked")
-REFUSAL = re.compile(r"\s*(?:i['’]?m sorry|sorry, |i (?:cannot|can['’]t|am unable to|won['’]t) )", re.I)
-UNITS = {"ms": 0.001, "s": 1, "": 1, "m": 60, "h": 3600, "d": 86400}  # of a duration in a header, in seconds
-
-
-class CallFailed(Exception):
-    """One row's call failed for good; the run goes on and exits with 1."""
-
-
-class Again(Exception):
-    """Another try may help. status: of the answer, None where none came."""
-
-    def __init__(self, fault, status=None):
-        super().__init__(fault)
-        self.status = status
-
-
-class Choice(NamedTuple):
-    text: str
-    status: str  # ok | refusal | content_filter | length
-    finish_reason: str | None
-
-
-class Reply(NamedTuple):
-    choices: list[Choice]
-    usage: dict | None  # of TOKENS; None where the server tells none
-    model: str | None  # the model that answered
 
 
 class Job(NamedTuple):
@@ -81,8 +55,23 @@ class Job(NamedTuple):
 
 def add_api_arguments(model, runtime):
     """The arguments of every script that asks a server; model, runtime: argument groups."""
+    _add_request_arguments(model)
+    _add_runtime_arguments(runtime)
+
+
+def _add_request_arguments(model):
     model.add_argument(
         "--base-url", help="OpenAI-compatible server [ours: default OPENAI_BASE_URL, else OpenAI]"
+    )
+    model.add_argument(
+        "--key-env", default="OPENAI_API_KEY", help="variable that holds the server's key [upstream default]"
+    )
+    model.add_argument(
+        "--header",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a request header, repeatable, such as api-key=… [ours: gateways want it]",
     )
     model.add_argument(
         "--temperature",
@@ -97,8 +86,11 @@ def add_api_arguments(model, runtime):
         action="append",
         default=[],
         metavar="NAME=JSON",
-        help="other request field, repeatable [ours]",
+        help="another request field, repeatable [ours]",
     )
+
+
+def _add_runtime_arguments(runtime):
     runtime.add_argument(
         "--concurrency", type=at_least(1), default=16, help="calls in flight [ours: fits common rate limits]"
     )
@@ -107,6 +99,12 @@ def add_api_arguments(model, runtime):
         type=above(0),
         default=180.0,
         help="seconds a call may take, wall clock [ours: 5 chains need 30]",
+    )
+    runtime.add_argument(
+        "--patience",
+        type=above(0),
+        default=1800.0,
+        help="seconds that a rate limit or an outage is waited out [ours: half an hour]",
     )
     runtime.add_argument(
         "--price",
@@ -122,8 +120,15 @@ def add_api_arguments(model, runtime):
     )
     runtime.add_argument(
         "--batch",
-        choices=("submit", "collect"),
+        choices=("submit", "status", "collect", "cancel"),
         help="Batch API: give its own --price [ours: half the price]",
+    )
+    runtime.add_argument(
+        "--retry",
+        type=reasons,
+        default=(),
+        metavar="REASONS",
+        help="ask again what is malformed, unparsed, length, refusal, … (a,b) [ours: nothing]",
     )
     runtime.add_argument(
         "--limit", type=at_least(1), help="only the first so many examples [ours: to try things]"
@@ -131,26 +136,58 @@ def add_api_arguments(model, runtime):
     runtime.add_argument(
         "--dry-run",
         action="store_true",
-        help="print calls, tokens and dollars, and ask nothing [ours: look first]",
+        help="print calls, tokens and dollars still to be spent, and ask nothing [ours: look first]",
     )
 
 
+def reasons(text):
+    """An argparse type: statuses of answers, separated by commas."""
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise ValueError(text)
+    return names
+
+
 def request_params(args):
-    """Optional request fields: only what the user gave."""
-    params = {}
+    """Optional request fields: only what the user gave. Raises InputError."""
+    params = extra_params("--param", args.param)
     if args.temperature is not None:
         params["temperature"] = args.temperature
     if args.max_tokens is not None:
         params["max_tokens"] = args.max_tokens
-    for item in args.param:
+    return params
+
+
+def extra_params(option, items, ours=OUR_FIELDS):
+    """Request fields of NAME=JSON items; ours: {field that is not theirs: the option that sets it}."""
+    params = {}
+    for item in items:
         name, equals, value = item.partition("=")
         if not name or not equals:
-            raise InputError(f"--param {item!r}: expected NAME=JSON, such as max_completion_tokens=800")
+            raise InputError(f"{option} {item!r}: expected NAME=JSON, such as max_completion_tokens=800")
+        if name in ours:
+            raise InputError(f"{option} {name}=…: this field is set by {ours[name]}")
         try:
             params[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             params[name] = value  # a bare word is a string
     return params
+
+
+def client_of(args, model):
+    """The ChatClient that a script's arguments describe."""
+    return ChatClient(
+        model,
+        args.base_url,
+        args.concurrency,
+        args.timeout,
+        args.price,
+        args.budget,
+        request_params(args),
+        args.key_env,
+        args.header,
+        args.patience,
+    )
 
 
 # -------------------------------------------------------------------------------- client
@@ -159,61 +196,73 @@ def request_params(args):
 class ChatClient:
     """Asks one model of one OpenAI-compatible server; retries, waits and stops by the table of SPEC §8.
 
-    Use through `ask_all`, or alone: `async with ChatClient(...) as client: await client.chat(prompt, image)`.
+    Use through `ask_all`, or alone: `async with ChatClient(…) as client: await client.chat(prompt, image)`.
     price: (in, out) dollars per million tokens. budget: dollars. params: optional request fields.
     """
 
-    tries = 6  # of one call, 429 not counted
+    tries = 6  # of one call; pauses of all calls are not counted
     backoff = 0.5  # seconds before the second try, doubled each time, with jitter
+    longest_backoff = 60.0  # seconds between two tries, where the server tells no time
+    clamp = 120.0  # longest wait, in seconds, that a server's word alone is good for
     poll = float(os.environ.get("JMERE_POLL", "60"))  # seconds between two looks at a batch
-    patience = 1800.0  # longest time without an answer because of 429 alone
 
     def __init__(
-        self, model, base_url=None, concurrency=16, timeout=180.0, price=None, budget=None, params=None
+        self,
+        model,
+        base_url=None,
+        concurrency=16,
+        timeout=180.0,
+        price=None,
+        budget=None,
+        params=None,
+        key_env="OPENAI_API_KEY",
+        headers=(),
+        patience=1800.0,
     ):
         if budget is not None and price is None:
             raise InputError("--budget needs --price IN OUT, dollars per million tokens of the model")
         self.model = model
-        self.base_url = base_url
+        self.server = Server(base_url, key_env, headers)
         self.concurrency = concurrency
         self.timeout = timeout
         self.price = price
         self.budget = budget
         self.params = params or {}
+        self.patience = patience  # seconds that a rate limit or an outage is waited out
         self.spent = 0.0  # dollars paid for this output, earlier runs included
         self.calls = 0  # calls of this run that were answered
         self.paid = 0.0  # dollars of those calls
+        self.prior = 0.0  # dollars a call may take, until some were paid
         self.in_flight = 0  # calls sent and not answered yet
+        self.answered = 0  # calls that brought an answer
+        self.one_by_one = False  # the server refuses `n`
+        self.takes_n = False  # the server has given several choices at once
         self.paused_until = 0.0  # no worker asks before this time
-        self.limit_hits = 0  # pauses since the last answer
-        self.limited_since = None  # when the first of those pauses began
+        self.pauses = 0  # pauses since the last answer
+        self.paused_since = None  # when the first of them began
+        self.failing = set()  # calls that failed since the last answer
         self.reason = None  # why the run stops
+        self.notes = set()  # what was said already
+        self.waits_for = None  # called with what the run waits for
 
-    @staticmethod
-    def require_key():
-        if not os.environ.get("OPENAI_API_KEY", "").strip():
-            raise Stopped("OPENAI_API_KEY is not set: export your key (for a local server any value will do)")
+    def check(self):
+        """Raises InputError or Stopped for what would fail every call. Asks nothing."""
+        self.server.check(files=2 * self.concurrency + 64)
 
     async def __aenter__(self):
-        import httpx2  # the SDK's HTTP client
-        import openai  # here: a second at start that training need not pay
+        import httpx2
 
-        self.require_key()
-        self.openai = openai
+        self.check()
         self.httpx = httpx2
         self.stopping = asyncio.Event()
-        # Key and base URL are the SDK's. Its `create` takes 3.5 ms of CPU a call, its HTTP client 1.3, and
-        # one connection a client 0.8.
+        self.headers = self.server.headers()
+        self.url = self.server.url("chat/completions")
+        # A client holds one connection: that takes 0.8 ms of CPU a call, one client for all 1.3 ms.
         self.free = []  # clients between two calls
-        self.tls = httpx2.create_ssl_context()
-        self.api = openai.AsyncOpenAI(base_url=self.base_url, max_retries=0)
-        self.url = f"{str(self.api.base_url).rstrip('/')}/chat/completions"
-        headers = {**self.api.default_headers, **self.api.auth_headers}
-        self.headers = {name: value for name, value in headers.items() if isinstance(value, str)}
+        self.options = {**self.server.http_options(), "verify": httpx2.create_ssl_context()}
         return self
 
     async def __aexit__(self, *error):
-        await self.api.close()
         for http in self.free:
             await http.aclose()
 
@@ -221,29 +270,39 @@ class ChatClient:
         provenance = {
             "model": self.model,
             "params": self.params,
-            "prompt_hash": _hash(prompt),
+            "prompt_hash": short_hash(prompt),
             "image_hash": image and image_hash(image),
         }
-        key = _hash(json.dumps([row["id"], provenance], sort_keys=True))
+        key = short_hash(json.dumps([row["id"], provenance], sort_keys=True))
         return Job(row, prompt, image, n, provenance, key)
 
-    def body(self, prompt, image, n):
+    def sent_params(self, first):
+        """Optional fields of a request for the candidates from number `first` on: a given seed varies."""
+        seed = self.params.get("seed")
+        if isinstance(seed, int) and first:
+            return {**self.params, "seed": seed + first}
+        return self.params
+
+    def body(self, prompt, image, n, first=0):
         """The request as bytes. The image, ASCII with nothing to escape, is put in after the JSON is made."""
         content = [{"type": "text", "text": prompt}]
         if image:
             content.insert(0, {"type": "image_url", "image_url": {"url": "@"}})
-        request = {"messages": [{"role": "user", "content": content}], "model": self.model, **self.params}
+        messages = [{"role": "user", "content": content}]
+        request = {"messages": messages, "model": self.model, **self.sent_params(first)}
         if n > 1:
             request["n"] = n
-        body = json.dumps(request, ensure_ascii=False).encode()
+        body = json.dumps(request, ensure_ascii=False).encode(errors="replace")
         if image:
             body = body.replace(b'"@"', b'"%b"' % data_url(image), 1)
         return body
 
-    def stop(self, reason):
-        """No new call, no retry; calls in flight are waited for and recorded."""
-        self.reason = self.reason or reason
-        self.stopping.set()
+    def say_once(self, note):
+        if note not in self.notes:
+            self.notes.add(note)
+            tqdm.write(note, file=sys.stderr)
+
+    # ------------------------------------------------------------ money
 
     def cost(self, usage):
         """Dollars of {"prompt_tokens", "completion_tokens"}; 0 without a price or usage."""
@@ -258,13 +317,14 @@ class ChatClient:
         self.paid += dollars
         self.calls += 1
 
-    async def afford(self, prior):
-        """Wait until the budget holds another call beside those in flight. Raises Stopped if it never will.
+    def mean_price(self):
+        """Dollars that the next call may take."""
+        return self.paid / self.calls if self.calls else self.prior
 
-        prior: dollars that a call may take before any was paid.
-        """
+    async def afford(self):
+        """Wait until the budget holds one more call in flight. Raises Stopped if it never will."""
         while self.budget is not None:
-            mean = self.paid / self.calls if self.calls else prior
+            mean = self.mean_price()
             if self.spent + (self.in_flight + 1) * mean <= self.budget:
                 return
             if not self.in_flight:
@@ -274,75 +334,93 @@ class ChatClient:
                 )
             await self._sleep(0.05)
 
-    async def chat(self, prompt, image=None, n=1):
-        """→ Reply of 1 to n choices. Raises CallFailed: this call is lost; Stopped: every call would be."""
-        body = self.body(prompt, image, n)
+    # ------------------------------------------------------------ one call
+
+    async def chat(self, prompt, image=None, n=1, first=0):
+        """→ Reply of 1 to n choices, the candidates from number `first` on.
+
+        Raises CallFailed where this call is lost, Stopped where every call would be.
+        """
+        call = object()  # tells this call from the others that fail
         tried = 0
+        n = 1 if self.one_by_one else n
+        body = await asyncio.to_thread(self.body, prompt, image, n, first)  # encoding an image takes long
         while True:
             await self._wait_for_turn()
             sent = time.monotonic()
-            headers = {}
+            answered = self.answered
             try:
-                status, headers, content = await self._post(body)
-                reply = self.verdict(status, content, n)
+                status, headers, text = await self._post(body)
+                answer = self.verdict(status, headers, text, n)
+            except CallFailed as error:
+                if n == 1 or self.takes_n or error.status not in (400, 422):
+                    raise
+                # Perhaps the server refuses `n`: ask for one. If that fails too, the row is at fault.
+                one = await self.chat(prompt, image, 1, first)
+                self.one_by_one = True
+                self.say_once(f"{self.server.shown} refuses n: candidates are asked for one by one ({error})")
+                return one
             except Again as fault:
-                if fault.status == 429:
-                    self._pause_all(headers, sent, fault)
+                if fault.answered:
+                    self.pay(self.mean_price())
+                self.failing.add(call)
+                if self._concerns_all(fault, answered):
+                    self._pause_all(fault, sent)
                     continue
                 tried += 1
                 if tried >= self.tries:
-                    raise CallFailed(f"{fault}, {tried} times") from None
-                wait = min(30.0, self.backoff * 2 ** (tried - 1)) * random.uniform(0.5, 1.0)
-                await self._sleep(max(wait, min(_retry_after(headers) or 0.0, self.patience)))
+                    raise self._given_up(fault, tried) from None
+                wait = self._backoff(tried)
+                await self._sleep(max(wait, min(fault.wait or 0.0, self.clamp)))
                 continue
-            self.limit_hits = 0
-            self.limited_since = None
+            self._count_answer(n, answer)
             self._wait_if_limit_reached(headers)
-            return reply
+            return answer
 
     async def _post(self, body):
-        """Send one request → (status, headers, content). Raises Again where no answer came."""
-        if self.free:
-            http = self.free.pop()
-        else:
-            http = self.openai.DefaultAsyncHttpxClient(timeout=None, verify=self.tls)
+        """Send one request → (status, headers, text without keys). Raises Again where no answer came."""
+        http = self.free.pop() if self.free else self.httpx.AsyncClient(**self.options)
         try:
             call = http.post(self.url, content=body, headers=self.headers)
             raw = await asyncio.wait_for(call, self.timeout)  # wall clock, not per read
         except (asyncio.TimeoutError, self.httpx.TimeoutException):
             raise Again(f"no answer within {self.timeout:g} s") from None
         except self.httpx.HTTPError as error:
-            raise Again(one_line(f"connection failed ({error or type(error).__name__})")) from None
+            gone = isinstance(error, self.httpx.ConnectError | self.httpx.ProxyError)
+            fault = self.server.one_line(f"connection failed ({error or type(error).__name__})")
+            raise Again(fault, gone=gone) from None
         finally:
             self.free.append(http)
-        return raw.status_code, raw.headers, raw.content
+        text = raw.content.decode("utf-8-sig", errors="replace")
+        return raw.status_code, raw.headers, self.server.hide(text, shortest=12)
 
-    def verdict(self, status, content, n):
-        """What an HTTP answer means → Reply. Raises Again, CallFailed or Stopped: the table of SPEC §8."""
-        try:
-            body = json.loads(content) if content else None
-        except (ValueError, RecursionError):
-            body = None
-        message, code, kind = error_of(body)
-        if status == 200 and message is None:
-            try:
-                return parse_reply(body, n)
-            except ValueError as error:
-                raise Again(one_line(f"200 that is no chat completion: {error}")) from None
-        if status == 200:  # some servers put their errors into a 200
-            status = code if isinstance(code, int) and code >= 400 else None
-        if message is None:
-            message = content[:200].decode(errors="replace") if content else "no content"
-        fault = one_line(f"{status or ''} {message}")
-        if "insufficient_quota" in (code, kind):
-            raise Stopped(f"quota used up: {fault}")
-        if status in FATAL:
-            raise Stopped(f"{fault} ({FATAL[status]})")
-        if code in FILTERED:
-            return Reply([Choice("", "content_filter", code)] * n, None, None)
-        if status is not None and status < 500 and status not in (408, 409, 429):
-            raise CallFailed(fault)
-        raise Again(fault, status)
+    def verdict(self, status, headers, text, n):
+        """What an HTTP answer means → Reply. Raises Again, CallFailed or Stopped."""
+        server = self.server
+        return reply.verdict(status, headers, text, n, self.answered > 0, server.key_env, server.one_line)
+
+    def _count_answer(self, n, answer):
+        self.answered += 1
+        self.pauses = 0
+        self.paused_since = None
+        self.failing.clear()
+        if n > 1 and len(answer.choices) > 1:
+            self.takes_n = True
+
+    def _given_up(self, fault, tried):
+        """The exception of a call that was tried often enough."""
+        if fault.gone and fault.status is None and not self.answered:
+            proxy = "" if self.server.loopback else self.server.proxies()
+            check = f"--base-url, and the proxy of {proxy}" if proxy else "--base-url"
+            return Stopped(f"nobody answers at {self.server.shown}: {fault}, {tried} times (check {check})")
+        return CallFailed(f"{fault}, {tried} times", fault.status)
+
+    # ------------------------------------------------------------ waiting
+
+    def stop(self, reason):
+        """No new call, no retry; calls in flight are waited for and recorded."""
+        self.reason = self.reason or reason
+        self.stopping.set()
 
     async def _sleep(self, seconds):
         """Sleep, unless the run stops: then raise Stopped."""
@@ -356,131 +434,106 @@ class ChatClient:
         while (wait := self.paused_until - time.monotonic()) > 0:
             await self._sleep(wait + random.uniform(0, min(wait, 1) / 10))  # not all at the same instant
 
-    def _pause_all(self, headers, sent, fault):
-        """429: nobody asks before the server's time is up. sent: when the refused call was sent."""
+    def _concerns_all(self, fault, answered):
+        """Whether a fault is a rate limit or an outage.
+
+        An outage comes after a first answer, while no call gets one: the server is absent, or three calls
+        fail in succession. One bad row alone is no outage.
+        """
+        if fault.status == 429:
+            return True
+        nobody_answered = 0 < self.answered == answered
+        return nobody_answered and (fault.gone or len(self.failing) >= 3)
+
+    def _pause_all(self, fault, sent):
+        """Nobody asks before the server's time is up. sent: when the refused call was sent."""
         now = time.monotonic()
-        wait = _retry_after(headers)
-        if self.limited_since is None:
-            self.limited_since = now
+        if self.paused_since is None:
+            self.paused_since = now
+        if sent >= self.paused_until:  # the others in flight meet the same limit: that is one pause
+            self.pauses += 1
+        wait = fault.wait
         if wait is None:
-            wait = min(60.0, self.backoff * 2**self.limit_hits) * random.uniform(0.5, 1.0)
-        gone = now - self.limited_since
+            wait = self._backoff(self.pauses)
+        elif self.pauses == 1:  # a long wait is believed when it is told twice
+            wait = min(wait, self.clamp)
+        gone = now - self.paused_since
         if gone + wait > self.patience:
             raise Stopped(
-                f"rate limit: {fault}; the server asks to wait {wait:.0f} s more, {gone:.0f} s gone by"
+                f"{self._kind(fault)}: {fault}; {gone:.0f} s waited, {wait:.0f} s more are asked for, "
+                f"--patience is {self.patience:g} s"
             )
-        if sent >= self.paused_until:  # the others in flight hit the same limit: that is one pause
-            self.limit_hits += 1
         self.paused_until = max(self.paused_until, now + wait)
+        if self.waits_for:
+            self.waits_for(f"waits {wait:.0f} s, {self._kind(fault)}: {fault}", wait)
+
+    def _backoff(self, times):
+        """Seconds to wait after the `times`-th fault, with jitter."""
+        wait = self.backoff * 2 ** min(times - 1, 30)
+        return min(self.longest_backoff, wait) * random.uniform(0.5, 1.0)
+
+    def _kind(self, fault):
+        return "rate limit" if fault.status == 429 else "outage"
 
     def _wait_if_limit_reached(self, headers):
         """The rate-limit headers say that nothing is left: wait before the server has to refuse."""
-        for kind in ("requests", "tokens"):
-            if headers.get(f"x-ratelimit-remaining-{kind}") == "0":
-                told = headers.get(f"x-ratelimit-reset-{kind}", "")
-                parts = re.findall(r"([\d.]+)(ms|[smhd]?)", told)
-                wait = sum(float(number) * UNITS[unit] for number, unit in parts)
-                self.paused_until = max(self.paused_until, time.monotonic() + min(wait, self.patience))
-
-
-# -------------------------------------------------------------------------------- what a reply means
-
-
-def one_line(text):
-    """White space folded, the key hidden, at most 300 characters."""
-    text = " ".join(str(text).split())
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if key:
-        text = text.replace(key, "…")
-    return text[:300]
-
-
-def error_of(body):
-    """The error of an answer → (message, code, type). Servers write an object, or a bare string."""
-    error = body.get("error") if isinstance(body, dict) else None
-    if not error:
-        return None, None, None
-    if not isinstance(error, dict):
-        return str(error), None, None
-    return error.get("message") or str(error), error.get("code"), error.get("type")
-
-
-def _retry_after(headers):
-    """Seconds the server asks to wait: retry-after-ms, then retry-after in seconds or as a date; or None."""
-    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        try:
-            return max(0.0, float(headers.get(name, "")) * unit)
-        except ValueError:
-            continue
-    try:
-        return max(0.0, parsedate_to_datetime(headers.get("retry-after")).timestamp() - time.time())
-    except (TypeError, ValueError):
-        return None
-
-
-def parse_reply(body, n=1):
-    """A decoded chat completion → Reply of at most n choices. Raises ValueError where it is none."""
-    try:
-        choices = [_parse_choice(choice) for choice in body["choices"][:n]]
-        usage = None
-        if body.get("usage"):
-            usage = {name: int(body["usage"][name]) for name in TOKENS}
-        model = body.get("model")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{type(error).__name__}: {error}") from None
-    if not choices:
-        raise ValueError("no choices")
-    return Reply(choices, usage, model)
-
-
-def _parse_choice(choice):
-    text = choice["message"].get("content") or ""
-    finish = choice.get("finish_reason")
-    refusal = choice["message"].get("refusal")
-    if isinstance(text, list):  # content in parts
-        text = "".join(part.get("text", "") for part in text)
-    if finish in ("content_filter", "length"):
-        status = finish
-    elif refusal or (len(text) < 300 and REFUSAL.match(text)):
-        status = "refusal"
-    else:
-        status = "ok"
-    return Choice(text or refusal or "", status, finish)
+        wait = reply.used_up(headers)
+        if wait:
+            self.paused_until = max(self.paused_until, time.monotonic() + min(wait, self.clamp))
 
 
 # -------------------------------------------------------------------------------- hashes and images
 
+LONGEST_SIDE = 2048  # pixels that travel; no server looks closer
+SENT_AS_IS = ("JPEG", "PNG", "GIF", "WEBP")  # what OpenAI-compatible servers read
 
-def _hash(content):
+
+def short_hash(content):
     if isinstance(content, str):
-        content = content.encode()
+        content = content.encode(errors="replace")
     return hashlib.sha256(content).hexdigest()[:16]
 
 
 @functools.lru_cache(maxsize=64)  # the candidates of an example follow each other
 def image_hash(path):
     try:
-        return _hash(Path(path).read_bytes())
+        return short_hash(Path(path).read_bytes())
     except OSError as error:
         raise InputError(f"{path}: cannot read ({error.strerror})") from None
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def data_url(path):
-    """The image as a data URL, in bytes: the file as it is where servers read it and it needs no turning."""
+    """The image as a data URL, in bytes. Raises CallFailed.
+
+    The file as it is where servers read it, it is small enough, needs no turning and holds one picture; else
+    its first picture, turned and scaled.
+    """
     try:
         content = Path(path).read_bytes()
         with Image.open(io.BytesIO(content)) as image:
             kind = image.format
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-        if kind not in SENT_AS_IS or turned:
-            kind = "PNG"
-            buffer = io.BytesIO()
-            load_image(path).save(buffer, kind)
-            content = buffer.getvalue()
+            as_is = kind in SENT_AS_IS and not turned and getattr(image, "n_frames", 1) == 1
+            if max(image.size) > LONGEST_SIDE or not as_is:
+                kind, content = encoded(data.load_image(path))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, InputError) as error:
         raise CallFailed(f"{path}: unreadable image ({error})") from None
     return b"data:image/%b;base64,%b" % (kind.lower().encode(), base64.b64encode(content))
+
+
+def encoded(image):
+    """An RGB picture, scaled to LONGEST_SIDE → (format, file as bytes).
+
+    JPEG, or PNG where that is smaller, as it is of drawings and screenshots.
+    """
+    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    files = {}
+    for kind, options in (("JPEG", {"quality": 90}), ("PNG", {})):
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **options)
+        files[kind] = buffer.getvalue()
+    return min(files.items(), key=lambda item: len(item[1]))
 
 
 # -------------------------------------------------------------------------------- what calls will take
@@ -497,7 +550,10 @@ def image_tokens(path):
     """Tokens of an image at high detail: 85, and 170 for each tile of 512² once it is within 2048 × 768."""
     if not path:
         return 0
-    with Image.open(path) as image:
-        short, long = sorted(image.size)
+    try:
+        with Image.open(path) as image:
+            short, long = sorted(image.size)
+    except OSError:
+        return 0  # its call fails before it is sent
     scale = min(1, 2048 / long, 768 / short)
     return 85 + 170 * math.ceil(short * scale / 512) * math.ceil(long * scale / 512)

@@ -46,7 +46,8 @@ def test_same_rows_as_live(tmp_path):
         assert ask_jobs(server, batched, "collect") == 0
         assert sorted(map(str, rows_of(live))) == sorted(map(str, rows_of(batched)))
         assert ask_jobs(server, batched, "collect") == 0 and len(server.batches) == 1  # nothing left to do
-    assert json.loads((tmp_path / "batched.batches.json").read_text()) == []
+    state = json.loads((tmp_path / "batched.batches.json").read_text())
+    assert [(entry["status"], entry["requests"]) for entry in state["batches"]] == [("completed", 7)]
 
 
 def test_lost_expired_and_failed_lines_are_sent_again(tmp_path):
@@ -96,7 +97,7 @@ def test_batch_created_but_never_heard_of_is_found(tmp_path):
         server.lose_next_batch_reply = True
         with pytest.raises(common.Stopped, match="goes on"):
             ask_jobs(server, tmp_path / "o.jsonl", "submit")
-        (batch,) = json.loads((tmp_path / "o.batches.json").read_text())
+        (batch,) = json.loads((tmp_path / "o.batches.json").read_text())["batches"]
         assert batch["batch"] is None and len(server.batches) == 1
         assert ask_jobs(server, tmp_path / "o.jsonl", "collect") == 0
         assert len(server.batches) == 1 and len(rows_of(tmp_path / "o.jsonl")) == 14
@@ -121,7 +122,7 @@ def test_refused_batch_stops_and_is_sent_again(tmp_path):
     assert len(rows_of(tmp_path / "o.jsonl")) == 14
 
 
-def test_both_scripts(data):  # noqa: F811
+def test_both_scripts(folder):
     """01 and both passes of 02 by batches give the files that live calls give."""
 
     def scores(prompt):
@@ -139,22 +140,22 @@ def test_both_scripts(data):  # noqa: F811
                 stage(
                     "01_distill.py",
                     "--data",
-                    data / "train.jsonl",
+                    folder / "train.jsonl",
                     "--out",
-                    data / f"{name}.cot.jsonl",
+                    folder / f"{name}.cot.jsonl",
                     *flag,
                 )
             for flag in flags:
                 stage(
                     "02_filter.py",
                     "--cot",
-                    data / f"{name}.cot.jsonl",
+                    folder / f"{name}.cot.jsonl",
                     "--out",
-                    data / f"{name}.sft.jsonl",
+                    folder / f"{name}.sft.jsonl",
                     *flag,
                 )
-                assert "submit" not in flag or not (data / "batched.sft.jsonl").exists()
+                assert "submit" not in flag or not (folder / "batched.sft.jsonl").exists()
             live_calls = live_calls or len(server.requests)
         assert len(server.requests) == live_calls and len(server.batches) == 3
-    assert rows_of(data / "live.sft.jsonl") == rows_of(data / "batched.sft.jsonl")
-    assert unordered(data / "live.cot.jsonl") == unordered(data / "batched.cot.jsonl")
+    assert rows_of(folder / "live.sft.jsonl") == rows_of(folder / "batched.sft.jsonl")
+    assert unordered(folder / "live.cot.jsonl") == unordered(folder / "batched.cot.jsonl")

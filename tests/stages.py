@@ -50,8 +50,9 @@ def run(script, *args, key=KEY, cwd=None, **env):
     return done
 
 
-def distil(folder, server, *args, out="cot.jsonl", **env):
-    """01 on the tweets of `folder`."""
+def distil(folder, server, *args, out="cot.jsonl", cot=None, **env):
+    """01 on the tweets of `folder`; cot: another name of out."""
+    out = cot or out
     paths = ("--data", folder / "train.jsonl", "--out", folder / out)
     return run("01_distill.py", *paths, "--base-url", getattr(server, "url", server), *args, **env)
 

@@ -9,6 +9,7 @@ share of N/L, CPU milliseconds a call, and the peak memory after the first tenth
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import resource
@@ -24,7 +25,7 @@ import common
 from common import above, at_least
 from lib import api, ask
 
-REPLY = {"message": {"role": "assistant", "content": "Image Description: … " * 40}, "finish_reason": "stop"}
+TEXT = "Image Description: … " * 40
 USAGE = {"prompt_tokens": 900, "completion_tokens": 200, "total_tokens": 1100}
 
 
@@ -45,8 +46,11 @@ def parse_args(argv=None):
 
 
 async def serve(latency):
-    body = json.dumps({"model": "fixed", "choices": [REPLY], "usage": USAGE}).encode()
-    head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
+    choice = {"message": {"role": "assistant", "content": f"@ {TEXT}"}, "finish_reason": "stop"}
+    body = json.dumps({"model": "fixed", "choices": [choice], "usage": USAGE}).encode()
+    size = len(body) + 7
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % size
+    numbers = itertools.count()  # no two answers are equal: that would alarm the client
 
     async def connection(reader, writer):
         try:
@@ -55,7 +59,7 @@ async def serve(latency):
                 size = request.partition(b"content-length: ")[2].partition(b"\r\n")[0]
                 await reader.readexactly(int(size or 0))
                 await asyncio.sleep(latency)
-                writer.write(head + body)
+                writer.write(head + body.replace(b"@", b"%08d" % next(numbers), 1))
         except (asyncio.IncompleteReadError, ConnectionError):
             writer.close()
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from common import InputError, Stopped, above, at_least
 from lib import data, reply
-from lib.reply import Again, CallFailed
+from lib.reply import Again, Asked, CallFailed
 from lib.server import Server
 
 OUR_FIELDS = {
@@ -344,7 +344,9 @@ class ChatClient:
         call = object()  # tells this call from the others that fail
         tried = 0
         n = 1 if self.one_by_one else n
-        body = await asyncio.to_thread(self.body, prompt, image, n, first)  # encoding an image takes long
+        if image and not travels_as_is(image):
+            await asyncio.to_thread(data_url, image)  # encoding takes long; the result is cached
+        body = self.body(prompt, image, n, first)
         while True:
             await self._wait_for_turn()
             sent = time.monotonic()
@@ -370,8 +372,9 @@ class ChatClient:
                 tried += 1
                 if tried >= self.tries:
                     raise self._given_up(fault, tried) from None
-                wait = self._backoff(tried)
-                await self._sleep(max(wait, min(fault.wait or 0.0, self.clamp)))
+                wait = max(self._backoff(tried), min(fault.wait or 0.0, self.clamp))
+                self._say_wait(f"tries again in {wait:.0f} s: {fault}", wait)
+                await self._sleep(wait)
                 continue
             self._count_answer(n, answer)
             self._wait_if_limit_reached(headers)
@@ -397,7 +400,8 @@ class ChatClient:
     def verdict(self, status, headers, text, n):
         """What an HTTP answer means → Reply. Raises Again, CallFailed or Stopped."""
         server = self.server
-        return reply.verdict(status, headers, text, n, self.answered > 0, server.key_env, server.one_line)
+        asked = Asked(n, self.model, server.key_env, self.answered > 0)
+        return reply.verdict(status, headers, text, asked, server.one_line)
 
     def _count_answer(self, n, answer):
         self.answered += 1
@@ -464,8 +468,11 @@ class ChatClient:
                 f"--patience is {self.patience:g} s"
             )
         self.paused_until = max(self.paused_until, now + wait)
-        if self.waits_for:
-            self.waits_for(f"waits {wait:.0f} s, {self._kind(fault)}: {fault}", wait)
+        self._say_wait(f"waits {wait:.0f} s, {self._kind(fault)}: {fault}", wait)
+
+    def _say_wait(self, what, seconds):
+        if self.waits_for and seconds >= 1:
+            self.waits_for(what)
 
     def _backoff(self, times):
         """Seconds to wait after the `times`-th fault, with jitter."""
@@ -510,16 +517,28 @@ def data_url(path):
     its first picture, turned and scaled.
     """
     try:
-        content = Path(path).read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
-            kind = image.format
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-            as_is = kind in SENT_AS_IS and not turned and getattr(image, "n_frames", 1) == 1
-            if max(image.size) > LONGEST_SIDE or not as_is:
-                kind, content = encoded(data.load_image(path))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, InputError) as error:
+        kind = travels_as_is(path)
+        if kind:
+            content = Path(path).read_bytes()
+        else:
+            kind, content = encoded(data.load_image(path))
+    except (OSError, InputError) as error:
         raise CallFailed(f"{path}: unreadable image ({error})") from None
     return b"data:image/%b;base64,%b" % (kind.lower().encode(), base64.b64encode(content))
+
+
+@functools.lru_cache(maxsize=1024)
+def travels_as_is(path):
+    """The format of an image file that can be sent as it is, else None. Raises CallFailed."""
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            moves = getattr(image, "n_frames", 1) > 1
+            if turned or moves or max(image.size) > LONGEST_SIDE:
+                return None
+            return image.format if image.format in SENT_AS_IS else None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise CallFailed(f"{path}: unreadable image ({error})") from None
 
 
 def encoded(image):
@@ -546,6 +565,7 @@ def estimate(jobs, completion_tokens):
     return {"prompt_tokens": round(prompt), "completion_tokens": completion_tokens * answers}
 
 
+@functools.lru_cache(maxsize=4096)
 def image_tokens(path):
     """Tokens of an image at high detail: 85, and 170 for each tile of 512² once it is within 2048 × 768."""
     if not path:

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections import Counter
 from pathlib import Path
+from urllib.parse import quote
 
 from tqdm import tqdm
 
@@ -158,14 +159,14 @@ class Live:
         self.out = out
         self.finish = finish
         self.alarm = Alarm(out.rows.total(), readable, must_differ)
-        self.started = 0
+        self.wanted = sum(job.n - out.done[job.key] for job in self.todo)  # answers
         self.ok = 0
         self.failed = 0
         self.equal = 0  # jobs whose candidates are all equal
         self.successive = 0  # failures since the last answer
         self.causes = Counter()  # of failures
         self.empty = 0  # answers without text
-        self.last_wait = 0.0  # when the screen last said what the run waits for
+        self.last_wait = -60.0  # when the screen last said what the run waits for
 
     async def run(self):
         """→ number of jobs that failed."""
@@ -194,7 +195,6 @@ class Live:
         for job in self.queue:
             if self.client.reason:
                 return
-            self.started += 1
             try:
                 await self.answer(job)
                 self.ok += 1
@@ -223,10 +223,10 @@ class Live:
             rows += new
             self.empty += sum(row["status"] == "empty" for row in new)
             self.alarm.look(job, new)
-            if self.alarm.reason and self.started < len(self.todo):  # else a stop saves nothing
+            self.wanted -= len(new)
+            if self.alarm.reason and self.wanted > self.client.in_flight:  # else a stop saves nothing
                 self.client.stop(self.alarm.reason)
-        texts = {row["response"] for row in rows if row["status"] == "ok"}
-        self.equal += len(rows) > 1 and len(texts) == 1
+        self.equal += len(rows) > 1 and len({row["response"] for row in rows}) == 1
 
     def fail(self, job, error, trace=None):
         self.failed += 1
@@ -246,10 +246,10 @@ class Live:
         self.bar.set_postfix_str(f"ok {self.ok} failed {self.failed} {dollars}", refresh=False)
         self.bar.update()
 
-    def show_wait(self, what, seconds):
-        """Say what the run waits for, where that is worth a line and not said just now."""
+    def show_wait(self, what):
+        """Say what the run waits for, unless something was said just now."""
         now = time.monotonic()
-        if seconds >= 1 and now - self.last_wait > (1 if sys.stderr.isatty() else 30):
+        if now - self.last_wait > (1 if sys.stderr.isatty() else 30):
             self.last_wait = now
             self.bar.set_postfix_str(f"ok {self.ok} failed {self.failed} {what[:150]}", refresh=True)
 
@@ -278,7 +278,7 @@ class Alarm:
         self.off = stored >= FIRST_ANSWERS
         self.readable = readable
         self.must_differ = must_differ
-        self.seen = []  # (job's key, text, whether it is of use)
+        self.seen = []  # (job's key, status, text, whether it is of use)
         self.reason = None
 
     def look(self, job, rows):
@@ -286,25 +286,26 @@ class Alarm:
         if self.off:
             return
         for row in rows:
-            self.seen.append((job.key, row["response"], row["status"] == "ok" and self.readable(row)))
+            useful = row["status"] == "ok" and self.readable(row)
+            self.seen.append((job.key, row["status"], row["response"], useful))
         if len(self.seen) < FIRST_ANSWERS:
             return
         self.off = True
-        texts = [text for _, text, _ in self.seen]
-        shown = " ".join(texts[0].split())[:200]
-        go_on = "the same command goes on all the same"
-        if not any(useful for _, _, useful in self.seen):
-            self.reason = f"none of the first {len(texts)} answers can be used, such as: {shown!r} ({go_on})"
+        texts = [text for _, _, text, _ in self.seen]
+        shown = repr(texts[0][:200])
+        if not any(useful for _, _, _, useful in self.seen):
+            status = self.seen[0][1]
+            self.reason = f"none of the first {len(texts)} answers can be used, such as ({status}): {shown}"
         elif len(set(texts)) == 1:
-            self.reason = f"the first {len(texts)} answers are all equal: {shown!r} ({go_on})"
+            self.reason = f"the first {len(texts)} answers are all equal: {shown}"
         elif self.must_differ and self.candidates_equal():
-            told = f"each of the first examples has equal candidates, such as: {shown!r}"
-            self.reason = f"{told}; {SAMPLING} ({go_on})"
+            told = f"each of the first examples has equal candidates, such as: {shown}"
+            self.reason = f"{told}; {SAMPLING}"
 
     def candidates_equal(self):
         """Whether no example has two different candidates, and some have two."""
         texts = {}
-        for key, text, _ in self.seen:
+        for key, _, text, _ in self.seen:
             texts.setdefault(key, []).append(text)
         several = [group for group in texts.values() if len(group) > 1]
         return bool(several) and all(len(set(group)) == 1 for group in several)
@@ -312,7 +313,7 @@ class Alarm:
 
 async def announce(client):
     """Say when the server means to shut the model down, where it tells."""
-    url = client.server.url(f"models/{client.model}")
+    url = client.server.url(f"models/{quote(client.model, safe='/:@')}")
     try:
         async with client.httpx.AsyncClient(**client.options) as http:
             answer = await asyncio.wait_for(http.get(url, headers=client.headers), 10)

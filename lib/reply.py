@@ -29,6 +29,15 @@ class Reply(NamedTuple):
     model: str | None  # the model that answered
 
 
+class Asked(NamedTuple):
+    """What a request was, as far as its reply needs it."""
+
+    n: int  # choices asked for
+    model: str
+    key_env: str  # the variable that holds the key
+    answered: bool  # whether the server has answered a call before
+
+
 class CallFailed(Exception):
     """One row's call failed for good; the run goes on and exits with 1. status: of HTTP, None without one."""
 
@@ -221,10 +230,11 @@ def refused(text):
     >>> refused("Unfortunately, I cannot help with that."), refused("I can't read it: [A, per, B, org, peer]")
     (True, False)
     """
-    if len(text) > 1000 or ITEM.search(text) or len(HEADED.findall(text)) > 1:
+    if len(text) > 1000:
         return False
-    sentences = re.split(r"(?<=[.!?])\s+|\n", text)[:3]
-    return any(DECLINES.search(sentence) and not NOTHING_THERE.search(sentence) for sentence in sentences)
+    sentences = [sentence[:200] for sentence in re.split(r"(?<=[.!?])\s+|\n", text, maxsplit=3)[:3]]
+    declines = any(DECLINES.search(sentence) and not NOTHING_THERE.search(sentence) for sentence in sentences)
+    return declines and not ITEM.search(text) and len(HEADED.findall(text)) < 2
 
 
 # -------------------------------------------------------------------------------- errors
@@ -258,18 +268,17 @@ STATUSES = {  # of an error inside a 200 that has words for a code
 }
 
 
-def verdict(status, headers, text, n, answered, key_env, shown):
+def verdict(status, headers, text, asked, shown):
     """What an HTTP answer means → Reply. Raises Again, CallFailed or Stopped: the table of SPEC §8.
 
-    n: choices asked for; answered: whether this server has answered a call before; key_env: the variable that
-    holds the key; shown(text): one line of it, keys hidden.
+    asked: Asked; shown(text): one line of it, keys hidden.
     """
     body = decoded(text)
     good = 200 <= (status or 0) < 300
     unusable = ""
     if good:
         try:
-            return parse_reply(body, n)
+            return parse_reply(body, asked.n)
         except (ValueError, RecursionError) as error:
             unusable = f"{status} that is no chat completion: {error}"
     message, code, kind = error_of(body)
@@ -283,12 +292,15 @@ def verdict(status, headers, text, n, answered, key_env, shown):
 
     refusing = status is None or status < 500
     if status == 401 or (refusing and KEY_FAULT.search(words)):
-        raise Stopped(f"{fault} (check {key_env})")
+        raise Stopped(f"{fault} (check {asked.key_env})")
     if status == 402 or (refusing and out_of_credit(words, wait)):
         raise Stopped(f"quota or credit used up: {fault}")
     if status in (400, 403, 422, 451) and FILTERED.search(words):
-        return Reply([Choice("", "content_filter", code or "content_filter")] * n, None, None)
-    if status in (403, 404) and (not answered or KEY_OR_MODEL.search(words)):
+        return Reply([Choice("", "content_filter", code or "content_filter")] * asked.n, None, None)
+    names_model = re.search(rf"(?<!\w){re.escape(asked.model)}(?!\w)", message)
+    if status in (400, 422) and not asked.answered and names_model:
+        raise Stopped(f"{fault} (check --model)")
+    if status in (403, 404) and (not asked.answered or KEY_OR_MODEL.search(words)):
         raise Stopped(f"{fault} ({'this key may not' if status == 403 else 'check --model, --base-url'})")
     if status and 300 <= status < 400:
         target = headers.get("location")

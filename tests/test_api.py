@@ -402,7 +402,7 @@ def test_chat_alone():
         (lambda body, prompt: ["the same"], "the first 20 answers are all equal: 'the same'"),
         (
             lambda body, prompt: [f"I'm sorry, I can't do {prompt}."],
-            "none of the first 20 answers can be used",
+            "none of the first 20 answers can be used, such as .refusal.: \"I'm sorry, I can",
         ),
     ],
 )

@@ -29,7 +29,8 @@ def only(message=None, finish="stop"):
 
 def judged(status, content, headers=None, answered=False):
     text = content if isinstance(content, str) else json.dumps(content)
-    return reply.verdict(status, headers or {}, text, 1, answered, "KEY", lambda text: " ".join(text.split()))
+    asked = reply.Asked(1, "some-model", "KEY", answered)
+    return reply.verdict(status, headers or {}, text, asked, lambda text: " ".join(text.split()))
 
 
 @pytest.mark.parametrize(
@@ -278,6 +279,14 @@ def test_403_and_404_of_one_row():
             judged(status, {"error": {"message": "no"}}, answered=True)
         with pytest.raises(Stopped):
             judged(status, {"error": {"message": "The model `x` does not exist"}}, answered=True)
+
+
+def test_a_400_that_names_the_model_stops_before_a_first_answer():
+    fault = {"detail": "Server is pinned to 'other'; requested 'some-model'."}
+    with pytest.raises(Stopped, match="check --model"):
+        judged(400, fault)
+    with pytest.raises(reply.CallFailed):
+        judged(400, fault, answered=True)
 
 
 @pytest.mark.parametrize("code", ["content_filter", "content_policy_violation", "data_inspection_failed"])

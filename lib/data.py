@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from common import RELATIONS, TYPES, InputError, Quintuple, as_item, quintuple
 
-# ------------------------------------------------------------------------------------------------ JSONL
+# -------------------------------------------------------------------------------- JSONL
 
 
 def read_jsonl(path):
@@ -73,7 +73,7 @@ def write_atomic(path, text):
     os.replace(temporary, path)
 
 
-# ------------------------------------------------------------------------------------------------ examples (SPEC §3)
+# -------------------------------------------------------------------------------- examples (SPEC §3)
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,16 @@ def existing(option, path, source):
     return path
 
 
+def load_tweets(args):
+    """--data → {id: Example}, in the order of the file, images not looked at yet. Raises InputError.
+
+    args: data, image_dir, skip_bad, merge_repeats.
+    """
+    existing("--data", args.data, RELEASE)
+    options = {"skip_bad": args.skip_bad, "merge_repeats": args.merge_repeats}
+    return {example.id: example for example in load_examples(args.data, args.image_dir, **options)}
+
+
 def find_image(name, image_dir, path):
     """image_dir/name, or `name` beside `path` where it exists there alone; `name` itself where absolute."""
     beside = Path(path).parent / name  # an absolute name stays itself: pathlib drops the left side
@@ -230,7 +240,7 @@ def _mnre_rows(path):
             yield current["where"], current
             current = None
         if typed:
-            ends = [{"name": name, "tags": tag} for name, tag in zip(names, relation[1:3])]
+            ends = [{"name": name, "tags": tag} for name, tag in zip(names, relation[1:3], strict=True)]
             label = [{"beg_ent": ends[0], "sec_ent": ends[1], "relation": relation[3]}]
             current = current or {"token": token, "img_id": img_id, "label_list": [], "where": where}
             current["label_list"].append(label)
@@ -319,7 +329,7 @@ def _merged(examples):
     return merged
 
 
-# ------------------------------------------------------------------------------------------------ images
+# -------------------------------------------------------------------------------- images
 
 
 def check_images(examples, skip_bad=False):
@@ -337,7 +347,7 @@ def check_images(examples, skip_bad=False):
                 disable=None,
             )
         )
-    bad = [(example, fault) for example, fault in zip(examples, faults) if fault]
+    bad = [(example, fault) for example, fault in zip(examples, faults, strict=True) if fault]
     if not bad:
         return examples
     shown = "; ".join(f"{example.id}: {fault}" for example, fault in bad[:3]) + (
@@ -351,7 +361,7 @@ def check_images(examples, skip_bad=False):
         f"skipped {len(bad)} of {len(examples)} examples for their image: {shown} (--skip-bad)",
         file=sys.stderr,
     )
-    return [example for example, fault in zip(examples, faults) if not fault]
+    return [example for example, fault in zip(examples, faults, strict=True) if not fault]
 
 
 def _image_fault(example):

@@ -1,5 +1,7 @@
-"""05: every scoring rule by hand and against an independent computation; predict, resume, shard with a stand-in for vlm."""
+"""05: every scoring rule by hand and against an independent computation; predict, resume, shard with a
+stand-in for vlm."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -17,18 +19,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import DATA, ROOT, needs_data
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
 import common
-import lib
-from lib import ask, data, predictions, scoring
+from lib import ask, data, predict, predictions, scoring, tables
 
 ev = importlib.import_module("05_eval")
-DATA = ROOT.parent / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.exists(), reason="the JMERE release is not here")
 
 
 def q(line):
@@ -37,7 +36,7 @@ def q(line):
 
 GOLD = q("Josh Gordon, per, Browns, org, member of")
 
-# ------------------------------------------------------------------------------------------------ error classes
+# -------------------------------------------------------------------------------- error classes
 
 
 @pytest.mark.parametrize(
@@ -109,7 +108,7 @@ def test_every_false_positive_and_negative_has_one_class(pred, gold):
         )
 
 
-# ------------------------------------------------------------------------------------------------ scores
+# -------------------------------------------------------------------------------- scores
 
 
 def independent(preds, golds):
@@ -117,7 +116,7 @@ def independent(preds, golds):
     result = {}
     for metric in scoring.RULES:
         tp = n = m = 0
-        for pred, gold in zip(preds, golds):
+        for pred, gold in zip(preds, golds, strict=True):
             p, g = [], []
             for source, target in ((pred, p), (gold, g)):
                 for h, ht, t, tt, r in source:
@@ -140,14 +139,14 @@ def independent(preds, golds):
 
 @given(SETS)
 def test_scores_equal_an_independent_computation(pairs):
-    preds, golds = map(list, zip(*pairs))
+    preds = [pred for pred, _ in pairs]
+    golds = [gold for _, gold in pairs]
     scores = scoring.headline(preds, golds, np.arange(len(preds)), 10, 0)
     assert {name: pytest.approx(s["f1"]) for name, s in scores.items()} == independent(preds, golds)
     for name, wanted in common.score(preds, golds).items():
         assert {key: scores[name][key] for key in wanted} == wanted
     assert {key: scores["jmere"][key] for key in ("tp", "pred", "gold")} == {
-        key: sum(s[key] for s in scoring.per_relation(preds, golds).values())
-        for key in ("tp", "pred", "gold")
+        key: sum(s[key] for s in scoring.per_label(preds, golds).values()) for key in ("tp", "pred", "gold")
     }
     assert scores["jmere"]["tp"] == sum(s["tp"] for s in scoring.per_size(preds, golds).values())
 
@@ -228,7 +227,7 @@ def test_undirected_equals_the_published_scorer_on_the_real_test_set():
     assert scores["jmere"]["f1"] < scores["jmere_undirected"]["f1"] < 1
 
 
-# ------------------------------------------------------------------------------------------------ bootstrap
+# -------------------------------------------------------------------------------- bootstrap
 
 
 def test_bootstrap_resamples_tweets_together():
@@ -255,7 +254,7 @@ def test_bootstrap_of_nothing_is_zero():
     assert (scoring.bootstrap(np.zeros((4, 3), int), np.arange(4), 10, 0) == 0).all()
 
 
-# ------------------------------------------------------------------------------------------------ votes
+# -------------------------------------------------------------------------------- votes
 
 
 @pytest.mark.parametrize(
@@ -281,7 +280,7 @@ def test_vote(how, tau, answers, expected):
     )
 
 
-# ------------------------------------------------------------------------------------------------ reading predictions
+# -------------------------------------------------------------------------------- reading predictions
 
 
 def respond(answer, think="x"):
@@ -363,7 +362,7 @@ def test_other_systems_quintuples(tmp_path):
     assert found["8"].parsed == [True] and found["9"].parsed == [False]
 
 
-# ------------------------------------------------------------------------------------------------ the command line
+# -------------------------------------------------------------------------------- the command line
 
 
 def run(*args, cwd=None):
@@ -486,19 +485,67 @@ def test_wrong_predictions_are_named(tmp_path, rows, data, message):
 
 
 @pytest.mark.parametrize(
-    "args",
+    "args, message",
     [
-        [], ["--predictions", "p", "--model", "m"], ["--model", "m", "--out", "o"], ["--predictions", "p", "--tau", "0"],
-        ["--model", "m", "--data", "d", "--out", "o", "--samples", "5", "--temperature", "0"], ["--predictions", "p", "--limit", "0"],
+        (
+            ["--predictions", "p", "--model", "m"],
+            "--model belongs to a model that runs here and --api and --merge",
+        ),
+        (["--predictions", "p", "--compare", "a"], "not allowed with argument --predictions"),
+        (["--merge", "m", "--data", "d"], "--data belongs to"),
+        (["--compare", "a", "--no-report"], "--report belongs to"),
+        (["--adapter", "a", "--zero-shot"], "not allowed with argument --adapter"),
+        (["--predictions", "p", "--report"], "--report needs --out"),
+        (["--tau", "0"], "expected a share"),
+        (["--tau", "0.4"], "--tau belongs to --vote tuple"),
+        (["--top-p", "0"], "expected a share"),
+        (["--samples", "5", "--temperature", "0"], "--samples 5 with --temperature 0"),
+        (["--temperature", "-1"], "--temperature"),
+        (["--temperature", "nan"], "--temperature"),
+        (["--seed", "-1"], "expected at least 0"),
+        (["--resamples", "0"], "expected at least 10"),
+        (["--limit", "0"], "expected at least 1"),
+        (["--budget", "3"], "--budget belongs to --api"),
+        (["--dry-run"], "--dry-run belongs to --api"),
+        (["--batch", "submit"], "--batch belongs to --api"),
+        (["--api", "--adapter", "a"], "--adapter belongs to"),
+        (["--api", "--zero-shot"], "--zero-shot belongs to"),
     ],
-)  # fmt: skip
-def test_wrong_arguments(args):
+)
+def test_wrong_arguments(args, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         ev.parse_args(args)
-    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in error and error.count("\n") == 1
 
 
-# ------------------------------------------------------------------------------------------------ predict, with a stand-in for vlm
+def test_defaults_are_the_ones_of_the_readme():
+    args = ev.parse_args([])
+    assert (args.adapter, args.data, args.image_dir, args.out) == (
+        *("runs/grpo/best", "data/test.json", "data/img", "runs/test"),
+    )
+    assert (args.temperature, args.max_new_tokens, args.report) == (0.8, 2048, True)
+    assert ev.parse_args(["--api"]).model == "gpt-4o-2024-11-20"
+    stored = ev.parse_args(["--predictions", "p"])
+    assert (stored.data, stored.out, stored.report) == (None, None, False)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ([], "--adapter runs/grpo/best: no such file: made by 04_grpo.py; --zero-shot predicts without one"),
+        (["--zero-shot"], "--data data/test.json: no such file: the EEGA release goes there (README, Data)"),
+        (["--api"], "--data data/test.json: no such file"),
+        (["--predictions", "runs/test"], "runs/test: no such file"),
+        (["--merge", "merged"], "--adapter runs/grpo/best: no such file"),
+    ],
+)
+def test_a_bare_command_in_an_empty_folder_says_what_is_missing(tmp_path, args, message):
+    done = run(*args, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+# -------------------------------------------------------------------------------- predict, with a stand-in for vlm
 
 
 class FakeRanks:
@@ -507,13 +554,11 @@ class FakeRanks:
     device = torch.device("cpu")
 
     def __init__(self, rank, values, meeting):
-        self.rank, self.world, self.main, self.values, self.meeting = (
-            rank,
-            len(values),
-            rank == 0,
-            values,
-            meeting,
-        )
+        self.rank = rank
+        self.world = len(values)
+        self.main = rank == 0
+        self.values = values
+        self.meeting = meeting
 
     def barrier(self):
         self.meeting.wait()
@@ -523,58 +568,68 @@ class FakeRanks:
         self.meeting.wait()
         return list(self.values)
 
+    def together(self):
+        return contextlib.nullcontext()
+
 
 class FakeVlm(types.SimpleNamespace):
-    """What 05 uses of vlm, rollout and training. Answers depend on the tweet's key alone; dies before tweet number `dies_at`."""
+    """What lib.predict uses of vlm, lora, rollout, training and checks.
+
+    Answers depend on the tweet's key alone; dies before tweet number `dies_at`.
+    """
+
+    DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    DEFAULT_MODEL = "paper's"
 
     def __init__(self, ranks=(0,), dies_at=None, own="reason"):
-        meeting, values = threading.Barrier(len(ranks), timeout=60), [None] * len(ranks)
-        super().__init__(
-            torch=torch,
-            DTYPES={"bf16": torch.bfloat16, "fp32": torch.float32},
-            dies_at=dies_at,
-            own=own,
-            items=[],
-            loaded=[],
-            calls=[],
-        )
+        meeting = threading.Barrier(len(ranks), timeout=60)
+        values = [None] * len(ranks)
+        super().__init__(dies_at=dies_at, own=own, items=[], loaded=[], calls=[], proved=[])
         self.ranks = iter([FakeRanks(rank, values, meeting) for rank in ranks])
 
     def setup(self):
         return next(self.ranks)
 
-    def load(self, name, dtype, device):
-        assert dtype is torch.float32 and device.type == "cpu"
+    def load_processor(self, name, min_pixels, max_pixels):
+        return f"processor {max_pixels}"
+
+    def load(self, name, dtype, device, processor):
+        assert dtype is torch.float32 and device.type == "cpu" and processor.startswith("processor")
         self.loaded.append(name)
-        return name, None
+        return name, processor
 
     def load_adapter(self, model, folder):
         self.loaded.append(str(folder))
         return model
 
     def read_recipe(self, folder):
-        return types.SimpleNamespace(prompt=self.own)
+        return types.SimpleNamespace(prompt=self.own, min_pixels=None, max_pixels=784)
+
+    def base_name(self, folder):
+        return "base"
+
+    def weights_digest(self, name):
+        return {"base": "1", "tiny": "1"}.get(name, "2")
+
+    def usable(self, examples, processor, args, ranks):
+        return data.check_images(examples, args.skip_bad), ""
+
+    def prove(self, model, processor, example, args, ranks):
+        self.proved.append(example.id)
 
     def generate(
         self, model, processor, items, n, max_new_tokens, temperature, top_p, keys, batch_rows, static
     ):
-        self.calls.append(
-            {
-                "n": n,
-                "max_new_tokens": max_new_tokens,
-                "temperature": temperature,
-                "top_p": top_p,
-                "rows": len(items) * n,
-            }
-        )
+        settings = {"n": n, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+        self.calls.append({**settings, "rows": len(items) * n})
         if self.dies_at is not None and len(self.items) + len(items) > self.dies_at:
             raise KeyboardInterrupt
         self.items += items
-        text = [respond(common.format_answer([GOLD]), think=f"key {key}") for key in keys]
-        return [
-            [types.SimpleNamespace(text=f"{t}", completion_ids=[1, 2], finished=True) for _ in range(n)]
-            for t in text
-        ]
+        groups = []
+        for key in keys:
+            text = respond(common.format_answer([GOLD]), think=f"key {key}")
+            groups.append([types.SimpleNamespace(text=text, completion_ids=[1, 2], finished=True)] * n)
+        return groups
 
 
 @pytest.fixture
@@ -594,15 +649,15 @@ def tweets(tmp_path):
 
 
 def stand_in(monkeypatch, fake):
-    for name in ("vlm", "rollout", "training", "lora"):
-        monkeypatch.setattr(lib, name, fake, raising=False)
+    for name in ("vlm", "rollout", "training", "lora", "checks"):
+        monkeypatch.setattr(predict, name, fake)
 
 
 def evaluate(monkeypatch, vlm, data, out, *more):
     stand_in(monkeypatch, vlm)
-    ev.main(
-        ev.parse_args(["--model", "tiny", "--data", str(data), "--out", str(out), "--batch-rows", "2", *more])
-    )
+    start = [] if "--adapter" in more else ["--zero-shot"]
+    command = ["--model", "tiny", "--data", str(data), "--out", str(out), "--batch-rows", "2", *start]
+    ev.main(ev.parse_args([*command, *more]))
     return vlm
 
 
@@ -639,12 +694,13 @@ def test_predict_stores_then_scores(monkeypatch, tweets, tmp_path, capsys):
         "metrics.json",
         "predictions.jsonl",
         "quintuples.jsonl",
+        "report.html",
     ]
     assert json.loads((out / "metrics.json").read_text())["scores"]["jmere"]["f1"] == 1.0
+    assert vlm.proved == ["t0"]  # the packed pass, once, on a real tweet
     capsys.readouterr()
-    (adapter / "adapter_model.safetensors").write_bytes(
-        b"trained on"
-    )  # same folder, other weights: not the old predictions
+    # same folder, other weights: not the old predictions
+    (adapter / "adapter_model.safetensors").write_bytes(b"trained on")
     with pytest.raises(SystemExit):
         evaluate(monkeypatch, FakeVlm(), tweets, out, "--adapter", str(adapter), "--samples", "3")
     assert "adapter" in capsys.readouterr().err
@@ -655,9 +711,9 @@ def test_predict_stores_then_scores(monkeypatch, tweets, tmp_path, capsys):
     [
         ([], "reason", "direct"),  # zero-shot
         (["--prompt", "reason"], "direct", "reason"),
-        (["--adapter", "a"], "direct", "direct"),
-        (["--adapter", "a"], "reason", "reason"),
-        (["--adapter", "a", "--prompt", "direct"], "reason", "direct"),
+        (["--adapter", "."], "direct", "direct"),
+        (["--adapter", "."], "reason", "reason"),
+        (["--adapter", ".", "--prompt", "direct"], "reason", "direct"),
     ],
 )
 def test_prompt_follows_the_adapter(monkeypatch, tweets, tmp_path, more, own, expected):
@@ -689,7 +745,17 @@ def test_ranks_share_the_work_and_rank_0_merges(monkeypatch, tweets, tmp_path):
     vlm = FakeVlm(ranks=(1, 0))
     with ThreadPoolExecutor(2) as pool:  # one thread a rank, with a real barrier
         stand_in(monkeypatch, vlm)
-        args = ["--model", "tiny", "--data", str(tweets), "--out", str(two), "--batch-rows", "2"]
+        args = [
+            "--zero-shot",
+            "--model",
+            "tiny",
+            "--data",
+            str(tweets),
+            "--out",
+            str(two),
+            "--batch-rows",
+            "2",
+        ]
         assert [done.result() for done in [pool.submit(ev.main, ev.parse_args(args)) for _ in (0, 1)]] == [
             None,
             None,
@@ -700,6 +766,7 @@ def test_ranks_share_the_work_and_rank_0_merges(monkeypatch, tweets, tmp_path):
         "metrics.json",
         "predictions.jsonl",
         "quintuples.jsonl",
+        "report.html",
     ]
     assert (two / "predictions.jsonl").read_bytes() == (one / "predictions.jsonl").read_bytes()
 
@@ -763,7 +830,9 @@ def test_a_bad_image_is_found_before_the_model_is_loaded(monkeypatch, tweets, tm
     with pytest.raises(SystemExit):
         evaluate(monkeypatch, vlm, tweets, tmp_path / "run")
     assert "t3" in capsys.readouterr().err and vlm.loaded == []
-    assert len(evaluate(monkeypatch, vlm, tweets, tmp_path / "run", "--skip-bad").items) == 5
+    vlm = evaluate(monkeypatch, FakeVlm(), tweets, tmp_path / "run", "--skip-bad")
+    assert len(vlm.items) == 5
+    assert "1 without a prediction (counted as empty)" in capsys.readouterr().out  # not left out of the score
 
 
 def test_a_second_run_on_the_same_out_is_refused(monkeypatch, tweets, tmp_path, capsys):
@@ -772,7 +841,7 @@ def test_a_second_run_on_the_same_out_is_refused(monkeypatch, tweets, tmp_path, 
     assert stopped.value.code == 2 and "another process writes to it" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------ predict, with a real tiny model
+# -------------------------------------------------------------------------------- predict, with a real tiny model
 
 ENV = {
     **os.environ,
@@ -856,7 +925,6 @@ def test_a_real_model_predicts_the_same_on_any_number_of_ranks(tiny, small_world
         tmp_path / "two",
         "--batch-rows",
         "6",
-        "--report",
     )
     assert texts(tmp_path / "one") == texts(tmp_path / "two")
     assert (
@@ -870,5 +938,17 @@ def test_a_real_model_predicts_the_same_on_any_number_of_ranks(tiny, small_world
 
 
 def test_table_columns_line_up():
-    lines = scoring.table(("name", "n"), [("a", 1), ("long name", 1000)]).splitlines()
+    lines = tables.table(("name", "n"), [("a", 1), ("long name", 1000)]).splitlines()
     assert lines == ["name          n", "a             1", "long name  1000"]
+
+
+def test_a_model_that_the_adapter_was_not_trained_on_is_refused(monkeypatch, tweets, tmp_path, capsys):
+    stand_in(monkeypatch, FakeVlm())
+    command = ["--data", str(tweets), "--out", str(tmp_path / "run"), "--adapter", str(tmp_path)]
+    with pytest.raises(SystemExit) as stopped:
+        ev.main(ev.parse_args([*command, "--model", "another"]))
+    assert stopped.value.code == 2 and "other weights than base" in capsys.readouterr().err
+    vlm = FakeVlm()
+    stand_in(monkeypatch, vlm)
+    ev.main(ev.parse_args(command))
+    assert vlm.loaded == ["base", str(tmp_path)]  # from adapter_config.json

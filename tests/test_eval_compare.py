@@ -1,4 +1,4 @@
-"""05: many responses (Figure 5), --tau-from, --compare, --api."""
+"""05: many responses (Figure 5), --compare, --api."""
 
 import importlib
 import json
@@ -7,15 +7,14 @@ import random
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from fake_openai import FakeOpenAI
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-import common  # noqa: E402
+import common
 from lib import data, predictions, scoring
 
 ev = importlib.import_module("05_eval")
@@ -29,7 +28,8 @@ def write(path, rows):
 
 
 def stored(path, answers, golds):
-    """predictions.jsonl of tweets t0, t1, …; answers: a list of quintuple lists a tweet, None where the response is no answer."""
+    """predictions.jsonl of tweets t0, t1, …; answers: a list of quintuple lists a tweet, None where the
+    response is no answer."""
     texts = [
         [
             f"<think>x{i % 3}</think><answer>{'?' if a is None else common.format_answer(a)}</answer>"
@@ -46,7 +46,7 @@ def stored(path, answers, golds):
             "prompt": "reason",
         }
         | {"responses": [{"text": text, "finished": True} for text in responses]}
-        for i, (gold, responses) in enumerate(zip(golds, texts))
+        for i, (gold, responses) in enumerate(zip(golds, texts, strict=True))
     ]
     return write(path, rows)
 
@@ -64,7 +64,7 @@ def run(*args, **env):
     return done
 
 
-# ------------------------------------------------------------------------------------------------ F1@k
+# -------------------------------------------------------------------------------- F1@k
 
 
 def random_predictions(examples=12, n=7, seed=0):
@@ -91,7 +91,7 @@ def test_f1_at_k_is_the_vote_of_every_subset(how, tau):
             chosen = [sorted(order[s, :k]) for order in orders]
             voted = [
                 scoring.vote([p.answers[i] for i in c], [p.parsed[i] for i in c], how, tau)
-                for p, c in zip(preds, chosen)
+                for p, c in zip(preds, chosen, strict=True)
             ]
             wanted[s, k - 1] = common.score(voted, golds)["jmere"]["f1"]
     assert curve == pytest.approx(wanted)
@@ -119,17 +119,7 @@ def test_diversity_by_hand(tmp_path):
     assert many["f1_at_k"][3] == pytest.approx([4, 0.8, 0]) and "best of 4 (oracle) 100.00" in done.stdout
 
 
-def test_tau_comes_from_validation(tmp_path):
-    validation = stored(
-        tmp_path / "val.jsonl", [[[A], [A], [B], [A, B]]] * 3, [[A]] * 3
-    )  # A has 3 of 4 votes, B 2 of 4
-    test = stored(tmp_path / "test.jsonl", [[[A], [A], [C], [B]]] * 2, [[A, B]] * 2)
-    done = run("--predictions", test, "--vote", "tuple", "--tau-from", validation)
-    assert done.returncode == 0 and "--tau 0.65, the best on" in done.stdout  # 0.55 … 0.75 are equally good
-    assert done.stdout.split("JMERE  ")[1].split()[:3] == ["0.00", "0.00", "0.00"]
-
-
-# ------------------------------------------------------------------------------------------------ --compare
+# -------------------------------------------------------------------------------- --compare
 
 
 def test_compare_prints_the_papers_tables(tmp_path):
@@ -178,7 +168,8 @@ def test_compare_prints_the_papers_tables(tmp_path):
 
 
 def test_the_paired_bootstrap_is_paired(tmp_path):
-    """Two runs that fail on the same tweets: the interval of each is wide, that of the difference is a point."""
+    """Two runs that fail on the same tweets: the interval of each is wide, that of the difference is a
+    point."""
     golds = [[A, B]] * 60
     one = stored(tmp_path / "one.jsonl", [[[A] if i % 2 else [C]] for i in range(60)], golds)
     two = stored(tmp_path / "two.jsonl", [[[B] if i % 2 else [C]] for i in range(60)], golds)
@@ -204,7 +195,7 @@ def test_runs_that_cannot_be_compared(tmp_path, golds, names, message):
     assert done.returncode == 2 and message in done.stderr
 
 
-# ------------------------------------------------------------------------------------------------ --api
+# -------------------------------------------------------------------------------- --api
 
 
 @pytest.fixture
@@ -298,11 +289,3 @@ def test_failed_calls_are_counted(tweets, tmp_path):
             and "1 of 4 calls failed" in done.stderr
         )
         assert run(*command, OPENAI_API_KEY="sk-x").returncode == 0 and len(server.requests) == 5
-
-
-@pytest.mark.parametrize(
-    "args", [["--budget", "3"], ["--api", "--adapter", "a"], ["--dry-run"], ["--batch", "submit"]]
-)
-def test_arguments_of_the_api(args):
-    with pytest.raises(SystemExit):
-        ev.parse_args(["--model", "m", "--data", "d", "--out", "o", *args])

@@ -1,4 +1,5 @@
-"""05 --report: the page holds what the run holds, in a real browser at desktop and phone width, whatever the tweets say."""
+"""05 --report: the page holds what the run holds, in a real browser at desktop and phone width, whatever
+the tweets say."""
 
 import html
 import importlib
@@ -11,10 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-import common  # noqa: E402
+import common
 from lib import data as files
 
 ev = importlib.import_module("05_eval")
@@ -126,7 +127,7 @@ def test_without_gold_there_are_examples_and_no_scores(tmp_path):
     assert data["shown"][0]["items"] == [["predicted", list(GOLD), None]] and "scores" not in data["metrics"]
 
 
-# ------------------------------------------------------------------------------------------------ in a browser
+# -------------------------------------------------------------------------------- in a browser
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
@@ -154,7 +155,8 @@ frame.onload = () => setTimeout(() => {{
 
 
 def browse(folder, url, width, height, *more, act=False, picture=None):
-    """Open the page in a frame of that width (a window cannot be as narrow as a phone) → (what the probe saw, console messages)."""
+    """Open the page in a frame of that width (a window cannot be as narrow as a phone) → (what the probe
+    saw, console messages)."""
     probe = folder / "probe.html"
     probe.write_text(PROBE.format(url=url, width=width, height=height, act=str(act).lower()))
     profile = folder / f"profile {width} {bool(picture)} {act} {len(more)}"

@@ -1,0 +1,147 @@
+"""Predictions of a model that runs here: load it, generate, store every response. Knows no score."""
+
+import contextlib
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+import common
+from common import InputError
+from lib import ask, checks, data, lora, predictions, rollout, training, vlm
+
+
+def predict(args):
+    """Store --samples responses for each tweet of --data that has none yet → {id: Example}, all of --data.
+
+    None on the ranks that do not go on to score. Raises InputError, on all ranks.
+    """
+    ranks = training.setup()
+    out = Path(args.out)
+    with contextlib.ExitStack() as stack:
+        with ranks.together():
+            prompt = resolve_model(args)
+            known = data.load_tweets(args)
+            settings = describe(args, prompt, ranks.device)
+        # KEEP: all ranks read between gather and barrier, so none appends while another reads
+        fault = predictions.lock_output(out, args.fresh, stack) if ranks.main else None
+        fault = ranks.gather(fault)[0]
+        if fault:
+            raise fault
+        stored = predictions.stored_offsets(out, known, settings)
+        ranks.barrier()
+        wanted = list(known.values())[: args.limit]
+        todo = [example for example in wanted if example.id not in stored]
+        if ranks.main:
+            if args.adapter and prompt != lora.read_recipe(args.adapter).prompt:
+                print(f"note: the adapter was trained with another prompt, --prompt {prompt} overrides it")
+            old = len(wanted) - len(todo)
+            what = f"{args.samples} responses each, {prompt} prompt, {settings['dtype']}"
+            print(f"{len(wanted)} tweets, {old} stored already, {what}", flush=True)
+        if todo:
+            generate(args, ranks, todo, prompt, settings)
+        ranks.barrier()
+        if ranks.main:
+            predictions.gather_parts(out, known, settings)
+    return known if ranks.main else None
+
+
+def resolve_model(args):
+    """Settle what predicts: args.adapter (None with --zero-shot), args.model, args.*_pixels → the prompt's
+    name.
+
+    Raises InputError where the adapter is not there, or --model is another model than it was trained on.
+    """
+    if args.zero_shot:
+        args.adapter = None
+        args.model = args.model or vlm.DEFAULT_MODEL
+        return args.prompt or "direct"
+    data.existing("--adapter", args.adapter, "made by 04_grpo.py; --zero-shot predicts without one")
+    recipe = lora.read_recipe(args.adapter)
+    base = lora.base_name(args.adapter)
+    if args.model:
+        refuse_other_weights(args, base)
+    args.model = args.model or base
+    args.min_pixels = args.min_pixels or recipe.min_pixels
+    args.max_pixels = args.max_pixels or recipe.max_pixels
+    return args.prompt or recipe.prompt
+
+
+def refuse_other_weights(args, base):
+    """Raise InputError where --model and the adapter's own base are both here and differ."""
+    if args.model == base:
+        return
+    try:
+        own = vlm.weights_digest(base)
+    except OSError:  # the folder it was trained from is not on this machine: nothing to compare with
+        return
+    if vlm.weights_digest(args.model) != own:
+        raise InputError(
+            f"--model {args.model}: other weights than {base}, which --adapter {args.adapter} "
+            "was trained on: leave --model out"
+        )
+
+
+def describe(args, prompt, device):
+    """What an answer depends on besides the tweet: stored with each row, and compared when a run goes on."""
+    dtype = args.dtype
+    if dtype == "auto":
+        dtype = "fp32" if device.type == "cpu" else "bf16"
+    names = ("model", "samples", "temperature", "top_p", "max_new_tokens", "min_pixels", "max_pixels", "seed")
+    settings = {name: getattr(args, name) for name in names}
+    settings["dtype"] = dtype
+    settings["adapter"] = predictions.adapter_hash(args.adapter) if args.adapter else None
+    settings["prompt"] = predictions.text_hash(common.PROMPTS[prompt])
+    return settings
+
+
+def prompt_size(example):
+    """Relative length of a prompt, to sort by: Qwen2.5-VL turns 28 × 28 pixels into one token; LLaVA's
+    images are all equal."""
+    with Image.open(example.image) as image:
+        return image.width * image.height // 784 + len(example.text) // 4
+
+
+def generate(args, ranks, todo, prompt, settings):
+    """Append --samples responses for each tweet of `todo` to this rank's own file, longest prompts first:
+    memory runs out at the start or never."""
+    template = common.PROMPTS[prompt]
+    args.prompt = prompt
+    with ranks.together():
+        processor = vlm.load_processor(args.model, args.min_pixels, args.max_pixels)
+    todo, _ = checks.usable(todo, processor, args, ranks)
+    with ranks.together():
+        model, _ = vlm.load(args.model, vlm.DTYPES[settings["dtype"]], ranks.device, processor)
+        if args.adapter:
+            model = lora.load_adapter(model, args.adapter)
+    checks.prove(model, processor, todo[0], args, ranks)
+    mine = sorted(todo, key=prompt_size, reverse=True)[ranks.rank :: ranks.world]
+    path = Path(args.out) / f"predictions.rank{ranks.rank}.jsonl"
+    size = max(1, args.batch_rows // args.samples)
+    hidden = None if ranks.main else True
+    with ask.AppendFile(path) as file, tqdm(total=len(mine), unit="tweet", disable=hidden) as bar:
+        for start in range(0, len(mine), size):
+            batch = mine[start : start + size]
+            groups = rollout.generate(
+                model,
+                processor,
+                [(template.format(text=example.text), example.image) for example in batch],
+                args.samples,
+                max_new_tokens=args.max_new_tokens,
+                temperature=args.temperature,
+                top_p=args.top_p,
+                # the same answers whatever the batch, the ranks or --limit
+                keys=[(args.seed, example.id) for example in batch],
+                batch_rows=args.batch_rows,
+                static=args.static_cache,
+            )
+            for example, samples in zip(batch, groups, strict=True):
+                row = data.to_row(example, path)
+                row |= {"prompt": prompt, "responses": [stored_response(sample) for sample in samples]}
+                row |= {"settings": settings, "key": example.id, "usage": None}
+                file.append([row])
+            bar.update(len(batch))
+
+
+def stored_response(sample):
+    return {"text": sample.text, "finished": sample.finished, "tokens": len(sample.completion_ids)}

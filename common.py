@@ -173,6 +173,21 @@ def quintuple(head, head_type, tail, tail_type, relation):
     )
 
 
+def released_items(label):
+    """The items of one label of the JMERE release, as five fields."""
+    head = label["beg_ent"]
+    tail = label["sec_ent"]
+    return [(head["name"], head["tags"], tail["name"], tail["tags"], label["relation"])]
+
+
+def label_fault(q):
+    """What is wrong with the labels of a quintuple, or None."""
+    for label, known in ((q.head_type, TYPES), (q.tail_type, TYPES), (q.relation, RELATIONS)):
+        if label not in known:
+            return f"unknown label {label!r}, expected one of: {', '.join(known)}"
+    return None
+
+
 # ------------------------------------------------------------------------------------------------ prompts
 # The paper prints the final lines of the reasoning prompt (App. E) and describes the others (§3.2, App. B, D); the wording
 # around them is [ours]. Every prompt is sent with the tweet's image before the text.

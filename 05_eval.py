@@ -39,15 +39,17 @@ from pathlib import Path
 
 import common
 from common import at_least
-from lib import api, compare, data, report, scoring, tables
+from lib import api, compare, controls, data, evaluate, report, scoring, tables
+from lib.check_data import check_data
 from lib.predict_api import predict_api
-from lib.predictions import stored_file, stored_run
+from lib.predictions import stored_run
 
 PREDICT = "a model that runs here"  # the modes, as messages call them
 API = "--api"
 STORED = "--predictions"
 COMPARE = "--compare"
 MERGE = "--merge"
+CHECK = "--check-data"
 PREDICTING = (PREDICT, API)
 SCORING = (*PREDICTING, STORED)
 
@@ -93,6 +95,9 @@ def parse_args(argv=None):
     mode.add_argument(
         "--merge", metavar="FOLDER", help="write base + adapter as one model, prove it equal, and end [ours]"
     )
+    mode.add_argument(
+        "--check-data", nargs="+", metavar="FILE", help="say what these splits hold and what is wrong [ours]"
+    )
     group = Group(parser.add_argument_group("io"), (*SCORING, COMPARE), applies)
     group.add_argument(
         "--data", help="tweets, in any format [ours: data/test.json; of stored predictions, the gold in them]"
@@ -100,6 +105,7 @@ def parse_args(argv=None):
     group.add_argument(
         "--image-dir", default="data/img", help="folder of the images, or beside the file [ours]"
     )
+    applies["--image-dir"] = ("image_dir", (*SCORING, COMPARE, CHECK))
     group.add_argument("--out", help="folder [ours: runs/test; of stored predictions none, tables only]")
     group.add_argument(
         "--merge-repeats", action="store_true", help="join rows of the same text and image [ours: as in V2]"
@@ -107,19 +113,30 @@ def parse_args(argv=None):
     group.add_argument(
         "--skip-bad", action="store_true", help="drop bad rows and images, with a count [ours: stop]"
     )
+    group = Group(parser.add_argument_group("controls"), SCORING, applies)
+    group.add_argument(
+        "--subset",
+        choices=tuple(controls.SUBSETS),
+        help="of MNRE text as --data: tweets without any relation; or pairs of the same text, of which one "
+        "image has a relation and the other none [ours]",
+    )
+    group = Group(group.group, PREDICTING, applies)
+    group.add_argument(
+        "--image", choices=controls.IMAGES, default="own", help="grey, or another tweet's, to compare [ours]"
+    )
     group = Group(parser.add_argument_group("store"), PREDICTING, applies)
     group.add_argument("--fresh", action="store_true", help="delete what OUT stores first [ours: go on]")
-    group = Group(parser.add_argument_group("page"), SCORING, applies)
+    group = Group(parser.add_argument_group("page"), (*SCORING, COMPARE), applies)
     group.add_argument(
         "--report",
         action=argparse.BooleanOptionalAction,
-        help="OUT/report.html, one page that opens from disk [ours: on]",
+        help="OUT/report.html, of --compare A B OUT/compare.html: a page that opens from disk [ours: on]",
     )
     group.add_argument(
         "--report-examples", type=at_least(1), default=500, help="tweets on the page, 15 kB each [ours]"
     )
     model = parser.add_argument_group("model")
-    group = Group(model, (*PREDICTING, MERGE), applies)
+    group = Group(model, (*PREDICTING, MERGE, CHECK), applies)
     group.add_argument(
         "--model",
         help="name or folder [ours: the adapter's; paper §4: with --zero-shot Qwen/Qwen2.5-VL-7B-Instruct, "
@@ -130,8 +147,11 @@ def parse_args(argv=None):
     group.add_argument("--zero-shot", action="store_true", help="the base model, no adapter [paper Table 3]")
     group = Group(parser.add_argument_group("sampling"), PREDICTING, applies)
     group.add_argument(
-        "--prompt", choices=tuple(common.PROMPTS), help="[ours: the adapter's own; without one, direct]"
+        "--prompt",
+        choices=tuple(common.PROMPTS),
+        help="[ours: the adapter's own; without one, direct]; with --predictions what a 'response' answers",
     )
+    applies["--prompt"] = ("prompt", SCORING)
     group.add_argument(
         "--samples", type=at_least(1), default=1, help="responses a tweet [ours; paper §4, Figure 5: 100]"
     )
@@ -155,10 +175,13 @@ def parse_args(argv=None):
     )
     group = Group(parser.add_argument_group("scoring"), (*SCORING, COMPARE), applies)
     group.add_argument(
-        "--vote", choices=("set", "tuple"), default="set", help="of several responses [paper §4; rule ours]"
+        "--vote",
+        choices=tuple(scoring.VOTES),
+        default="set",
+        help="of several responses [paper §4; rule ours]",
     )
     group.add_argument("--tau", type=share, help="share that --vote tuple asks for [ours: 0.5]")
-    group.add_argument("--resamples", type=at_least(10), default=1000, help="of the bootstrap [ours: usual]")
+    group.add_argument("--resamples", type=at_least(10), default=10_000, help="of the bootstrap [ours]")
     group.add_argument("--seed", type=at_least(0), default=0, help="of sampling and bootstrap [ours]")
     group = Group(parser.add_argument_group("scoring of many responses"), SCORING, applies)
     group.add_argument("--subsets", type=at_least(1), default=20, help="random subsets for F1@k [ours]")
@@ -173,7 +196,9 @@ def parse_args(argv=None):
         "--local_rank", "--local-rank", type=int, default=-1, help="set by the deepspeed launcher"
     )
     args = parser.parse_args(argv)
-    args.mode = next((mode for mode in (STORED, COMPARE, API, MERGE) if getattr(args, mode[2:])), PREDICT)
+    modes = (STORED, COMPARE, API, MERGE, CHECK)
+    chosen = (mode for mode in modes if getattr(args, mode[2:].replace("-", "_")))
+    args.mode = next(chosen, PREDICT)
     for option, (name, modes) in applies.items():
         if args.mode not in modes and getattr(args, name) != parser.get_default(name):
             parser.error(f"{option} belongs to {' and '.join(modes)}; this is {args.mode}")
@@ -199,10 +224,18 @@ def settle(parser, args):
     if args.tau and args.vote != "tuple":
         parser.error("--tau belongs to --vote tuple")
     args.tau = args.tau or 0.5
+    if args.out and Path(args.out).exists() and not Path(args.out).is_dir():
+        parser.error(f"--out {args.out}: is a file, expected a folder")
     if args.report and not args.out:
         parser.error("--report needs --out")
+    if args.report and args.mode == COMPARE and len(args.compare) != 2:
+        parser.error(f"--report shows two runs side by side, --compare has {len(args.compare)}")
     if args.report is None:
-        args.report = bool(args.out)
+        args.report = bool(args.out) and (args.mode != COMPARE or len(args.compare) == 2)
+    if args.subset and (args.merge_repeats or args.skip_bad):
+        parser.error("--merge-repeats and --skip-bad do not belong to --subset: its tweets are whole")
+    if args.subset and not args.data:
+        parser.error("--subset needs --data, MNRE's text")
     if args.limit is not None and args.limit < 1:
         parser.error(f"--limit {args.limit}: expected at least 1")
 
@@ -216,37 +249,51 @@ def write_json(path, value):
 
 def compare_runs(args, known):
     """--compare: the paper's tables on screen and, with --out, in files."""
-    rows = compare.compare(args, known)
+    found = compare.compare(args, known)
+    written = []
     if args.out:
         out = Path(args.out)
-        data.write_atomic(out / "compare.md", "\n".join(compare.show(rows, markdown=True)))
-        write_json(out / "compare.json", rows)
-    print(*compare.show(rows), sep="\n")
+        data.write_atomic(out / "compare.md", "\n".join(compare.show(found, markdown=True)))
+        write_json(out / "compare.json", {"rows": found.rows, "notes": found.notes})
+        written = [f"{out}/compare.md", f"{out}/compare.json"]
+    if args.report:
+        shown = report.write_comparison(args, found)
+        written.append(f"{out}/compare.html ({shown} tweets)")
+    print(*compare.show(found), sep="\n")
     print(
-        f"Δ, its interval and p (two-sided): against {args.compare[0]}, paired bootstrap of {args.resamples} "
-        "resamples over tweets."
+        f"Δ, its interval and p (two-sided): against {found.first}, paired bootstrap of {args.resamples} "
+        "resamples over tweets; ±: standard deviation over seeds."
     )
-    if args.out:
-        print(f"written: {out}/compare.md, {out}/compare.json")
+    for note in found.notes:
+        print(f"note: {common.visible(note)}")
+    if written:
+        print(f"written: {', '.join(written)}")
 
 
-def score_run(args, path, known):
-    """The tables of a stored file on screen and, with --out, its metrics and its page."""
-    examples, predictions = stored_run(path, known, args.limit)
-    metrics, finals = scoring.evaluate(args, examples, predictions)
+def score_run(args, run):
+    """The tables of a StoredRun on screen and, with --out, its metrics and its page."""
+    metrics, finals = evaluate.evaluate(args, run)
     written = []
     if args.out:
         out = Path(args.out)
         write_json(out / "metrics.json", metrics)
-        rows = [{"id": e.id, "quintuples": [list(q) for q in finals.get(e.id, [])]} for e in examples]
+        rows = []
+        for example in run.examples:
+            rows.append({"id": example.id, "quintuples": [list(q) for q in finals.get(example.id, [])]})
         data.write_atomic(out / "quintuples.jsonl", "".join(map(data.jsonl_line, rows)))
         written = [f"{out}/metrics.json", f"{out}/quintuples.jsonl"]
     if args.report:
-        pictures = report.write_report(args, path, examples, predictions, finals, metrics)
-        shown = min(len(examples), args.report_examples)
-        written.append(f"{out}/report.html ({shown} of {len(examples)} tweets, {pictures} with their image)")
+        pictures = report.write_report(args, run, finals, metrics)
+        shown = min(len(run.examples), args.report_examples)
+        written.append(f"{out}/report.html ({shown} tweets, {pictures} with their image)")
     absent = f"{metrics['without_prediction']} without a prediction (counted as empty)"
-    print(f"{path}: {len(examples)} tweets, {absent}, {metrics['without_gold']} without gold (not scored)")
+    ungold = f"{metrics['without_gold']} without gold (not scored)"
+    print(f"{run.path}: {len(run.examples)} tweets, {absent}, {ungold}")
+    if run.other_gold:
+        shown = ", ".join(run.other_gold[:3])
+        print(
+            f"note: {len(run.other_gold)} tweets have other gold there than --data, which counts: {shown}, …"
+        )
     counts = [f"{n} {name.replace('_', ' ')}" for name, n in metrics["responses"].items()]
     print(f"responses: {', '.join(counts)}\n")
     if "scores" in metrics:
@@ -259,6 +306,8 @@ def score_run(args, path, known):
 
 @common.exit_codes
 def main(args):
+    if args.mode == CHECK:
+        return check_data(args)
     if args.mode == MERGE:
         # torch lives there and in predict: scoring a stored file needs none of it
         from lib.merge import merge
@@ -277,10 +326,11 @@ def main(args):
         if known is None:  # nothing to score yet
             return None
     elif args.data:
-        known = data.load_tweets(args)
+        known = controls.load_tweets(args)
     if args.mode == COMPARE:
         return compare_runs(args, known)
-    score_run(args, stored_file(args.predictions or args.out), known)
+    prompt = args.prompt if args.mode == STORED else None
+    score_run(args, stored_run(args.predictions or args.out, known, args.limit, prompt))
     return 1 if failed else 0
 
 

@@ -39,6 +39,15 @@ def first_line(error):
     return str(error).strip().split("\n")[0][:200]
 
 
+def visible(text):
+    """`text` with what a terminal would obey or hide written out: escape codes, line breaks, bidi marks.
+
+    >>> visible("a" + chr(27) + "[31m")
+    'a\\\\x1b[31m'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with a script's docstring and every default in --help, and one line, from one rank, where an argument is wrong."""
 
@@ -48,7 +57,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         message = re.sub(r"^argument (\S+): ", r"\1 ", message)
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {message} (--help tells all arguments)", file=sys.stderr, flush=True)
+            print(f"error: {visible(message)} (--help tells all arguments)", file=sys.stderr, flush=True)
         sys.exit(InputError.exit_code)
 
 
@@ -92,10 +101,15 @@ def exit_codes(main):
     def run(args):
         try:
             code = main(args)
+            sys.stdout.flush()
         except (InputError, Stopped) as error:
             rank = os.environ.get("RANK", "0")
-            print(f"{'' if rank == '0' else f'[rank {rank}] '}error: {error}", file=sys.stderr, flush=True)
+            where = "" if rank == "0" else f"[rank {rank}] "
+            print(f"{where}error: {visible(str(error))}", file=sys.stderr, flush=True)
             code = error.exit_code
+        except BrokenPipeError:  # `| head` has seen enough: what comes after goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 0
         if code:
             sys.exit(code)
 
@@ -582,41 +596,56 @@ def format_reward(response):
 
 
 def matched_components(pred, gold):
-    """w: equal components under the one-to-one pairing of pred and gold that makes it largest [ours]. An integer, 0 … 5·min(m, n).
+    """w: equal components under the one-to-one pairing of pred and gold that makes it largest [ours]. An
+    integer, 0 … 5·min(m, n)."""
+    return sum(equal_components(pred[i], gold[j]) for i, j in best_pairs(pred, gold))
 
-    The assignment problem by successive shortest paths with potentials (Kuhn–Munkres), O(min² · max); a gold set of 21 against
-    a runaway answer of hundreds stays in milliseconds, and 01 and 02 need no SciPy.
+
+def equal_components(a, b):
+    return sum(x == y for x, y in zip(a, b, strict=True))
+
+
+def best_pairs(pred, gold):
+    """The one-to-one pairing with the most equal components → [(place in pred, place in gold)], min(m, n)
+    of them.
+
+    The assignment problem by successive shortest paths with potentials (Kuhn–Munkres), O(min² · max); a
+    gold set of 21 against a runaway answer of hundreds stays in milliseconds, and 01 and 02 need no SciPy.
     """
-    rows, columns = sorted((pred, gold), key=len)
-    if not rows:
-        return 0
-    cost = [[-sum(a == b for a, b in zip(row, column)) for column in columns] for row in rows]
-    n, m = len(rows), len(columns)
-    u, v, owner = (
-        [0] * (n + 1),
-        [0] * (m + 1),
-        [0] * (m + 1),
-    )  # potentials; owner[column] = row, 1-based, 0 free
-    for i in range(1, n + 1):
-        owner[0], j = i, 0
-        slack, way, used = [float("inf")] * (m + 1), [0] * (m + 1), [False] * (m + 1)
-        while owner[j]:
-            used[j], row = True, owner[j]
-            for k in range(1, m + 1):
-                if not used[k] and (gap := cost[row - 1][k - 1] - u[row] - v[k]) < slack[k]:
-                    slack[k], way[k] = gap, j
-            following = min((k for k in range(1, m + 1) if not used[k]), key=slack.__getitem__)
-            delta = slack[following]
-            for k in range(m + 1):
+    rows = min(pred, gold, key=len)
+    columns = gold if rows is pred else pred
+    cost = [[-equal_components(row, column) for column in columns] for row in rows]
+    row_potential = [0] * (len(rows) + 1)
+    column_potential = [0] * (len(columns) + 1)
+    owner = [0] * (len(columns) + 1)  # row of a column; both count from 1, row 0 is none, column 0 the start
+    for row in range(1, len(rows) + 1):
+        owner[0] = row
+        column = 0
+        slack = [float("inf")] * (len(columns) + 1)  # the cheapest way to a column, beyond the potentials
+        reached_from = [0] * (len(columns) + 1)
+        used = [False] * (len(columns) + 1)
+        while owner[column]:
+            used[column] = True
+            here = owner[column]
+            for k in range(1, len(columns) + 1):
+                gap = cost[here - 1][k - 1] - row_potential[here] - column_potential[k]
+                if not used[k] and gap < slack[k]:
+                    slack[k] = gap
+                    reached_from[k] = column
+            following = min((k for k in range(1, len(columns) + 1) if not used[k]), key=slack.__getitem__)
+            step = slack[following]
+            for k in range(len(columns) + 1):
                 if used[k]:
-                    u[owner[k]] += delta
-                    v[k] -= delta
+                    row_potential[owner[k]] += step
+                    column_potential[k] -= step
                 else:
-                    slack[k] -= delta
-            j = following
-        while j:
-            owner[j], j = owner[way[j]], way[j]
-    return -sum(cost[owner[k] - 1][k - 1] for k in range(1, m + 1) if owner[k])
+                    slack[k] -= step
+            column = following
+        while column:  # along the way back every column changes its row
+            owner[column] = owner[reached_from[column]]
+            column = reached_from[column]
+    pairs = [(owner[k] - 1, k - 1) for k in range(1, len(columns) + 1) if owner[k]]
+    return pairs if rows is pred else [(column, row) for row, column in pairs]
 
 
 # ------------------------------------------------------------------------------------------------ metrics (§4)

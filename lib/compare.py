@@ -1,6 +1,8 @@
-"""Stored runs side by side: the paper's tables, differences by a paired bootstrap. Knows no page."""
+"""Stored runs beside each other: the paper's tables, several seeds as one row, differences by a paired
+bootstrap. Knows no page."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,10 +40,17 @@ STARTS = {  # how the name of a run begins that is no row of the paper: its sect
 }
 SECTIONS = (*PAPER, OTHERS)
 METRICS = (HEADLINE, "mner")
-COLUMNS = (
-    *("P %", "R %", "F1 %", "95 % of F1", "MNER F1", "ΔF1", "95 % of Δ", "p"),
-    *("paper P", "R", "F1", "MNER F1"),
-)
+JMERE_COLUMNS = ("P %", "R %", "F1 %", "95 % of F1", "ΔF1", "95 % of Δ", "p", "paper P", "R", "F1")
+MNER_COLUMNS = ("F1 %", "95 % of F1", "ΔF1", "95 % of Δ", "p", "paper F1")
+
+
+class Comparison(NamedTuple):
+    """What --compare found."""
+
+    rows: list  # of the paper's tables, as dicts, in the order of SECTIONS
+    notes: list  # what a reader of the rows must know
+    first: str  # the name of the method that the others are compared with
+    methods: list  # [(name, [StoredRun])], as given
 
 
 def letters_only(name):
@@ -50,69 +59,154 @@ def letters_only(name):
 
 
 def split_name(spec):
-    """[NAME=]RUN → (name, path)."""
-    if Path(spec).exists():  # a path that holds "=" is still a path
+    """[NAME=]RUN[,RUN …] → (name, [path]); the name of a run without one is its folder's or file's."""
+    if Path(spec).exists():  # a path that holds "=" or "," is still a path
         name = ""
-        path = spec
+        paths = [spec]
     else:
-        name, _, path = spec.rpartition("=")
-    stem = Path(path).stem
+        name, _, rest = spec.rpartition("=")
+        paths = [rest] if Path(rest).exists() else rest.split(",")
+    stem = Path(paths[0]).stem
     if stem == "predictions":
-        stem = Path(path).absolute().parent.name
-    return name or stem, path
+        stem = Path(paths[0]).absolute().parent.name
+    return name or stem, paths
 
 
 def compare(args, known=None):
-    """The runs of args.compare, each against the first by a paired bootstrap → rows of the paper's tables, as
-    dicts, in the order of SECTIONS.
+    """The methods of args.compare, each against the first by a paired bootstrap over tweets → Comparison.
 
-    known: {id: Example}, the gold; None: the gold that the first run stores. args: compare, limit, vote, tau,
+    Several runs of one method (seeds) are one row: means, with their standard deviation. known: {id:
+    Example}, the gold; None: the gold that the first run stores. args: compare, limit, vote, tau,
     resamples, seed. Raises InputError where a run cannot be read, or is of other data.
     """
+    methods = {}
+    for spec in args.compare:
+        name, paths = split_name(spec)
+        key = letters_only(name)
+        if key in methods:
+            raise InputError(f"--compare: two runs are named {name}: name them, as in SFT={paths[0]}")
+        runs = []
+        for path in paths:
+            runs.append(stored_run(path, known, args.limit))
+            known = known or {example.id: example for example in runs[0].examples}
+        methods[key] = (name, runs)
     rows = {}
     first = None
-    for spec in args.compare:
-        name, path = split_name(spec)
-        key = letters_only(name)
-        if key in rows:
-            raise InputError(f"--compare: two runs are named {name}: name them, as in SFT={path}")
-        examples, predictions = stored_run(path, known, args.limit)
-        known = known or {example.id: example for example in examples}
-        rows[key] = {"name": name, "run": path}
-        samples = score_run(args, path, examples, predictions, rows[key])
+    for key, (name, runs) in methods.items():
+        rows[key], samples = score_method(args, name, runs)
         if first is None:
             first = rows[key], samples
         else:
-            add_difference(rows[key], samples, *first)
-    return beside_the_paper(rows)
+            for metric in METRICS:
+                add_difference(rows[key], samples, *first, metric)
+    names = [row["name"] for row in rows.values()]
+    return Comparison(beside_the_paper(rows), notes(methods.values()), names[0], list(methods.values()))
 
 
-def score_run(args, path, examples, predictions, row):
-    """Fill in the scores of one run → F1 of its resamples [resamples]."""
-    if any(example.quintuples is None for example in examples):
-        raise InputError(f"{path}: has tweets without gold: give the gold with --data")
+def final_answers(args, run):
+    """[N] the answer to each tweet after the vote, empty where there is no prediction."""
     preds = []
-    for example in examples:
-        given = predictions.get(example.id)
+    for example in run.examples:
+        given = run.predictions.get(example.id)
         preds.append(scoring.vote(given.answers, given.parsed, args.vote, args.tau) if given else [])
+    return preds
+
+
+def score_method(args, name, runs):
+    """→ the row of one method, {metric: F1 of its resamples [resamples], the mean over its runs}."""
+    examples = runs[0].examples
+    if any(example.quintuples is None for example in examples):
+        raise InputError(f"{runs[0].path}: has tweets without gold: give the gold with --data")
     golds = [example.quintuples for example in examples]
     tweets = scoring.tweet_numbers(examples)
-    scores = scoring.headline(preds, golds, tweets, args.resamples, args.seed)
-    row["tweets"] = len(examples)
-    row["without_prediction"] = sum(example.id not in predictions for example in examples)
-    row["scores"] = {metric: scores[metric] for metric in METRICS}
-    counts = scoring.match_counts(preds, golds, common.MATCHING[HEADLINE])
-    _, _, f1 = scoring.bootstrap(counts, tweets, args.resamples, args.seed)  # the same seed: paired
-    return f1
+    answers = [final_answers(args, run) for run in runs]
+    row = {"name": name, "runs": [str(run.path) for run in runs], "tweets": len(examples)}
+    row["without_prediction"] = [sum(e.id not in run.predictions for e in examples) for run in runs]
+    row["responses"] = [responses_of(run) for run in runs]
+    row["scores"] = {}
+    samples = {}
+    for metric in METRICS:
+        counts = [scoring.match_counts(preds, golds, common.MATCHING[metric]) for preds in answers]
+        sums = scoring.resample(np.hstack(counts), tweets, args.resamples, args.seed)  # [resamples, 3 · runs]
+        shares = scoring.micro_shares(sums.reshape(len(sums), len(runs), 3))  # [3, resamples, runs]
+        samples[metric] = shares[2].mean(1)
+        row["scores"][metric] = means([common.micro(*part.sum(0).tolist()) for part in counts])
+        row["scores"][metric]["f1_95"] = np.percentile(samples[metric], (2.5, 97.5)).tolist()
+    labels = [scoring.per_label(preds, golds) for preds in answers]
+    row["per_relation"] = label_means(labels)
+    return row, samples
 
 
-def add_difference(row, samples, first, first_samples):
-    """ΔF1 against the first run, its interval and its two-sided p."""
-    difference = samples - first_samples
+def responses_of(run):
+    """(least, most) responses of a tweet."""
+    sizes = [len(given.answers) for given in run.predictions.values()]
+    return min(sizes), max(sizes)
+
+
+def means(scores):
+    """Micro scores of several runs → means, and with more than one run their standard deviations; counts of
+    one."""
+    if len(scores) == 1:
+        return dict(scores[0])
+    result = {}
+    for name in scoring.SHARES:
+        values = [run[name] for run in scores]
+        result[name] = float(np.mean(values))
+        result[f"{name}_sd"] = float(np.std(values, ddof=1))
+    return result
+
+
+def label_means(labels):
+    """{label: {"f1": mean over runs, "gold": count}}; a run without the label has F1 0 there."""
+    result = {}
+    for name in dict.fromkeys(name for scores in labels for name in scores):
+        found = [scores.get(name, {"f1": 0.0, "gold": 0}) for scores in labels]
+        result[name] = {"f1": float(np.mean([f["f1"] for f in found])), "gold": max(f["gold"] for f in found)}
+    return result
+
+
+def add_difference(row, samples, first, first_samples, metric):
+    """ΔF1 against the first method, its interval and its two-sided p."""
+    difference = samples[metric] - first_samples[metric]
     tail = min((difference <= 0).sum(), (difference >= 0).sum()).item()
-    row["f1_difference"] = row["scores"][HEADLINE]["f1"] - first["scores"][HEADLINE]["f1"]
-    row["difference_95"] = np.percentile(difference, (2.5, 97.5)).tolist()
-    row["p"] = min(1.0, 2 * (1 + tail) / (len(samples) + 1))  # + 1: no number of resamples shows p = 0
+    scores = row["scores"][metric]
+    scores["difference"] = scores["f1"] - first["scores"][metric]["f1"]
+    scores["difference_95"] = np.percentile(difference, (2.5, 97.5)).tolist()
+    scores["p"] = min(1.0, 2 * (1 + tail) / (len(difference) + 1))  # + 1: no number of resamples shows p = 0
+
+
+def notes(methods):
+    """What differs between the runs besides what is compared. methods: (name, [StoredRun])."""
+    lines = []
+    sizes = set()
+    images = set()
+    seeds = set()
+    for name, runs in methods:
+        seeds.add(len(runs))
+        for run in runs:
+            absent = sum(example.id not in run.predictions for example in run.examples)
+            if absent:
+                lines.append(
+                    f"{name}: {absent} of {len(run.examples)} tweets have no prediction in {run.path}: "
+                    "counted as empty"
+                )
+            if run.other_gold:
+                lines.append(
+                    f"{name}: {run.path} stores another gold for {len(run.other_gold)} tweets "
+                    f"({run.other_gold[0]}, …): not the gold that counts here"
+                )
+            sizes.add(responses_of(run))
+            images.add(run.source.get("settings", {}).get("image", "own"))
+    if len(sizes) > 1 or any(least != most for least, most in sizes):
+        shown = ", ".join(
+            f"{least}" if least == most else f"{least} to {most}" for least, most in sorted(sizes)
+        )
+        lines.append(f"unequal responses a tweet: {shown}: a vote of many stands beside fewer")
+    if len(seeds) > 1:
+        lines.append("unequal numbers of seeds: a mean stands beside fewer runs")
+    if len(images) > 1:
+        lines.append(f"other images: the runs saw {' and '.join(sorted(images))} images (--image)")
+    return lines
 
 
 def beside_the_paper(rows):
@@ -136,31 +230,83 @@ def number(value, sign=""):
     return "–" if value is None else f"{value:{sign}.2f}"
 
 
-def compared_cells(row):
-    """A row under COLUMNS."""
-    ours = ["–"] * 5
-    if "scores" in row:
-        scores = row["scores"][HEADLINE]
-        ours = [*tables.cells(scores)[:3], tables.interval(scores["f1_95"])]
-        ours.append(tables.percent(row["scores"]["mner"]["f1"]))
-    delta = ["–"] * 3
-    if "p" in row:
-        low, high = row["difference_95"]
-        bounds = f"{number(100 * low, '+')} … {number(100 * high, '+')}"
-        delta = [number(100 * row["f1_difference"], "+"), bounds, f"{row['p']:.3f}"]
-    return [*ours, *delta, *map(number, row["paper"] or [None] * 4)]
+def spread(scores, name):
+    """A share in percent, ± its standard deviation over seeds."""
+    text = tables.percent(scores[name])
+    if f"{name}_sd" in scores:
+        text += f" ± {tables.percent(scores[f'{name}_sd'])}"
+    return text
 
 
-def show(rows, markdown=False):
-    """Yield Tables 1 to 3 as text or Markdown, without a section that has neither a run of ours nor a
-    figure of the paper."""
-    for section in SECTIONS:
-        body = []
-        for row in rows:
-            if row["section"] == section and ("scores" in row or any(row["paper"])):
-                body.append((row["name"], *compared_cells(row)))
-        if body and markdown:
-            lines = [(section, *COLUMNS), ("---", *["---:"] * len(COLUMNS)), *body]
-            yield "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-        elif body:
-            yield tables.table((section, *COLUMNS), body)
+def difference_cells(scores):
+    if "p" not in scores:
+        return ["–"] * 3
+    low, high = scores["difference_95"]
+    bounds = f"{number(100 * low, '+')} … {number(100 * high, '+')}"
+    return [number(100 * scores["difference"], "+"), bounds, f"{scores['p']:.4f}"]
+
+
+def jmere_cells(row):
+    """A row under JMERE_COLUMNS."""
+    precision, recall, f1, _ = row["paper"] or [None] * 4
+    paper = [number(precision), number(recall), number(f1)]
+    if "scores" not in row:
+        return ["–"] * 7 + paper
+    scores = row["scores"][HEADLINE]
+    shares = [spread(scores, name) for name in scoring.SHARES]
+    return [*shares, tables.interval(scores["f1_95"]), *difference_cells(scores), *paper]
+
+
+def mner_cells(row):
+    """A row under MNER_COLUMNS."""
+    paper = number((row["paper"] or [None] * 4)[3])
+    if "scores" not in row:
+        return ["–"] * 5 + [paper]
+    scores = row["scores"]["mner"]
+    return [spread(scores, "f1"), tables.interval(scores["f1_95"]), *difference_cells(scores), paper]
+
+
+def show(comparison, markdown=False):
+    """Yield Tables 1 to 3, quintuples and then entities, as text or Markdown.
+
+    A section is left out that has neither a run of ours nor a figure of the paper.
+    """
+    draw = markdown_table if markdown else tables.table
+    for metric, columns, cells in (
+        (HEADLINE, JMERE_COLUMNS, jmere_cells),
+        ("mner", MNER_COLUMNS, mner_cells),
+    ):
+        title, _ = scoring.RULES[metric]
+        for section in SECTIONS:
+            body = []
+            for row in comparison.rows:
+                if row["section"] == section and ("scores" in row or cells(row)[-1] != "–"):
+                    body.append((row["name"], *cells(row)))
+            if body:
+                yield draw((f"{title}: {section}", *columns), body)
+    two = [row for row in comparison.rows if "scores" in row]
+    if len(two) == 2:
+        yield draw(*label_table(comparison, two))
+
+
+def label_table(comparison, rows):
+    """(header, rows) of ΔF1 by label of two methods."""
+    first, second = sorted(rows, key=lambda row: row["name"] != comparison.first)
+    body = []
+    absent = {"f1": 0.0, "gold": 0}
+    for name in dict.fromkeys([*first["per_relation"], *second["per_relation"]]):
+        scores = first["per_relation"].get(name, absent)
+        other = second["per_relation"].get(name, absent)
+        delta = number(100 * (other["f1"] - scores["f1"]), "+")
+        body.append((name, scores["gold"], tables.percent(scores["f1"]), tables.percent(other["f1"]), delta))
+    header = (scoring.LABEL, "gold", f"F1 % {first['name']}", f"F1 % {second['name']}", "ΔF1")
+    return header, body
+
+
+def markdown_table(header, rows):
+    lines = [header, ("---", *["---:"] * (len(header) - 1)), *rows]
+    text = ""
+    for line in lines:
+        cells = [str(cell).replace("|", "\\|") for cell in line]
+        text += f"| {' | '.join(cells)} |\n"
+    return text

@@ -1,6 +1,8 @@
 """Predictions of a model that runs here: load it, generate, store every response. Knows no score."""
 
 import contextlib
+import tempfile
+from importlib import metadata
 from pathlib import Path
 
 from PIL import Image
@@ -8,7 +10,7 @@ from tqdm import tqdm
 
 import common
 from common import InputError
-from lib import ask, checks, data, lora, predictions, rollout, training, vlm
+from lib import ask, checks, controls, data, lora, predictions, rollout, training, vlm
 
 
 def predict(args):
@@ -20,9 +22,11 @@ def predict(args):
     out = Path(args.out)
     with contextlib.ExitStack() as stack:
         with ranks.together():
-            prompt = resolve_model(args)
-            known = data.load_tweets(args)
-            settings = describe(args, prompt, ranks.device)
+            own_prompt = resolve_model(args)
+            known = controls.load_tweets(args)
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            shown = controls.with_images(known.values(), args.image, args.seed, folder)
+            settings = describe(args, ranks.device)
         # KEEP: all ranks read between gather and barrier, so none appends while another reads
         fault = predictions.lock_output(out, args.fresh, stack) if ranks.main else None
         fault = ranks.gather(fault)[0]
@@ -30,16 +34,15 @@ def predict(args):
             raise fault
         stored = predictions.stored_offsets(out, known, settings)
         ranks.barrier()
-        wanted = list(known.values())[: args.limit]
-        todo = [example for example in wanted if example.id not in stored]
+        todo = [example for example in shown[: args.limit] if example.id not in stored]
         if ranks.main:
-            if args.adapter and prompt != lora.read_recipe(args.adapter).prompt:
-                print(f"note: the adapter was trained with another prompt, --prompt {prompt} overrides it")
-            old = len(wanted) - len(todo)
-            what = f"{args.samples} responses each, {prompt} prompt, {settings['dtype']}"
-            print(f"{len(wanted)} tweets, {old} stored already, {what}", flush=True)
+            if own_prompt and args.prompt != own_prompt:
+                print(f"note: the adapter was trained with the {own_prompt} prompt, --prompt overrides it")
+            wanted = len(shown[: args.limit])
+            what = f"{args.samples} responses each, {args.prompt} prompt, {settings['dtype']}"
+            print(f"{wanted} tweets, {wanted - len(todo)} stored already, {what}", flush=True)
         if todo:
-            generate(args, ranks, todo, prompt, settings)
+            generate(args, ranks, todo, known, settings)
         ranks.barrier()
         if ranks.main:
             predictions.gather_parts(out, known, settings)
@@ -47,24 +50,26 @@ def predict(args):
 
 
 def resolve_model(args):
-    """Settle what predicts: args.adapter (None with --zero-shot), args.model, args.*_pixels → the prompt's
-    name.
+    """Settle what predicts: args.adapter (None with --zero-shot), args.model, args.prompt, args.*_pixels →
+    the prompt that the adapter was trained with, or None.
 
     Raises InputError where the adapter is not there, or --model is another model than it was trained on.
     """
     if args.zero_shot:
         args.adapter = None
         args.model = args.model or vlm.DEFAULT_MODEL
-        return args.prompt or "direct"
+        args.prompt = args.prompt or "direct"
+        return None
     data.existing("--adapter", args.adapter, "made by 04_grpo.py; --zero-shot predicts without one")
     recipe = lora.read_recipe(args.adapter)
     base = lora.base_name(args.adapter)
     if args.model:
         refuse_other_weights(args, base)
     args.model = args.model or base
+    args.prompt = args.prompt or recipe.prompt
     args.min_pixels = args.min_pixels or recipe.min_pixels
     args.max_pixels = args.max_pixels or recipe.max_pixels
-    return args.prompt or recipe.prompt
+    return recipe.prompt
 
 
 def refuse_other_weights(args, base):
@@ -82,17 +87,25 @@ def refuse_other_weights(args, base):
         )
 
 
-def describe(args, prompt, device):
+def describe(args, device):
     """What an answer depends on besides the tweet: stored with each row, and compared when a run goes on."""
+    vlm.read_config(args.model)  # the one who says what is wrong with the model
     dtype = args.dtype
     if dtype == "auto":
         dtype = "fp32" if device.type == "cpu" else "bf16"
-    names = ("model", "samples", "temperature", "top_p", "max_new_tokens", "min_pixels", "max_pixels", "seed")
+    names = ("samples", "temperature", "top_p", "max_new_tokens", "min_pixels", "max_pixels", "image", "seed")
     settings = {name: getattr(args, name) for name in names}
     settings["dtype"] = dtype
+    settings["weights"] = vlm.weights_digest(args.model)
     settings["adapter"] = predictions.adapter_hash(args.adapter) if args.adapter else None
-    settings["prompt"] = predictions.text_hash(common.PROMPTS[prompt])
+    settings["prompt"] = predictions.text_hash(common.PROMPTS[args.prompt])
     return settings
+
+
+def source(args):
+    """What a prediction was made with, by the names that a reader knows; it decides nothing."""
+    versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
+    return {"model": str(args.model), "adapter": args.adapter, "versions": versions}
 
 
 def prompt_size(example):
@@ -102,11 +115,13 @@ def prompt_size(example):
         return image.width * image.height // 784 + len(example.text) // 4
 
 
-def generate(args, ranks, todo, prompt, settings):
+def generate(args, ranks, todo, known, settings):
     """Append --samples responses for each tweet of `todo` to this rank's own file, longest prompts first:
-    memory runs out at the start or never."""
-    template = common.PROMPTS[prompt]
-    args.prompt = prompt
+    memory runs out at the start or never.
+
+    todo: with the images to be shown; known: {id: Example} with their own, which are stored.
+    """
+    template = common.PROMPTS[args.prompt]
     with ranks.together():
         processor = vlm.load_processor(args.model, args.min_pixels, args.max_pixels)
     todo, _ = checks.usable(todo, processor, args, ranks)
@@ -136,9 +151,9 @@ def generate(args, ranks, todo, prompt, settings):
                 static=args.static_cache,
             )
             for example, samples in zip(batch, groups, strict=True):
-                row = data.to_row(example, path)
-                row |= {"prompt": prompt, "responses": [stored_response(sample) for sample in samples]}
-                row |= {"settings": settings, "key": example.id, "usage": None}
+                row = data.to_row(known[example.id], path)
+                row |= {"prompt": args.prompt, "responses": [stored_response(sample) for sample in samples]}
+                row |= {"settings": settings, "source": source(args), "key": example.id, "usage": None}
                 file.append([row])
             bar.update(len(batch))
 

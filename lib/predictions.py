@@ -17,15 +17,20 @@ from lib import ask, data
 # -------------------------------------------------------------------------------- write
 
 
-def adapter_hash(folder):
-    """Of the adapter's weights and config: another training run into the same folder must not meet the old
-    predictions."""
+def file_hash(*paths):
+    """Of the content of files, one after the other."""
     digest = hashlib.sha256()
-    for file in sorted(Path(folder).glob("adapter_*")):
-        with open(file, "rb") as handle:
+    for path in paths:
+        with open(path, "rb") as handle:
             while chunk := handle.read(1 << 24):
                 digest.update(chunk)
     return digest.hexdigest()[:16]
+
+
+def adapter_hash(folder):
+    """Of the adapter's weights and config: another training run into the same folder must not meet the old
+    predictions."""
+    return file_hash(*sorted(Path(folder).glob("adapter_*")))
 
 
 def text_hash(text):
@@ -70,12 +75,12 @@ def check_stored(where, path, line, known, settings):
         row = json.loads(line)
         here = row["settings"]
         example = known.get(row["id"])
+        other = [f"{k} {here.get(k)!r} (now {v!r})" for k, v in settings.items() if here.get(k) != v]
         found = (row["text"], row["image"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(
             f"{where}: not a prediction of 05_eval.py: delete the line, or start anew with --fresh"
         ) from None
-    other = [f"{k} {here.get(k)!r} (now {v!r})" for k, v in settings.items() if here.get(k) != v]
     if other:
         raise InputError(
             f"{where}: stored with {', '.join(other)}: use another --out, or delete it with --fresh"
@@ -127,58 +132,148 @@ class Prediction(NamedTuple):
     paths: int  # distinct reasonings
 
 
+class StoredRun(NamedTuple):
+    """A stored file, read."""
+
+    path: Path
+    examples: list  # of the data, in its order
+    predictions: dict  # {id: Prediction}
+    source: (
+        dict  # what the file says of its making: model, adapter, prompt, settings, versions; {} if nothing
+    )
+    other_gold: list  # ids whose stored gold is not that of --data, which counts
+
+
 def unanswered(n):
     """The Prediction of a tweet without one: n responses that say nothing."""
     return Prediction([()] * n, [False] * n, Counter(), 0)
 
 
-def read_predictions(path, known=None):
-    """{id: Prediction} of our file or another system's; one row in memory at a time. Raises InputError.
+def stored_file(path):
+    """A stored file, or the one in an --out folder."""
+    path = Path(path)
+    return path / "predictions.jsonl" if path.is_dir() else path
 
-    known: {id: Example} that its ids must be among.
+
+def stored_run(path, known=None, limit=None, prompt=None):
+    """The StoredRun of our own file, of an --out folder or of another system's file. Raises InputError.
+
+    known: {id: Example}, the gold of --data; None: the file's own. prompt: that another system's responses
+    answer. One row is in memory at a time: the texts of all responses need not be.
     """
+    path = stored_file(path)
+    data.existing("--predictions", path, "made by 05_eval.py")
     predictions = {}
+    examples = {} if known is None else known
+    source = {}
+    other_gold = []
     unknown = []
     for number, row in data.read_jsonl(path):
         where = f"{path}:{number}"
-        if row.get("id") is None:
-            raise InputError(f"{where}: missing 'id'")
-        name = str(row["id"])
+        name = row_id(where, row)
         if name in predictions:
             raise InputError(f"{where}: id {name} stands there twice, expected once")
-        if known is not None and name not in known:
+        if known is None:
+            examples[name] = own_example(where, row, path)
+        elif name not in known:
             unknown.append(name)
-        elif known is not None and "responses" in row and row.get("text") != known[name].text:
-            raise InputError(
-                f"{where}: id {name} has another text in --data: these predictions are of other data"
-            )
-        read = from_responses if "responses" in row else from_quintuples
-        predictions[name] = read(where, row)
+        else:
+            refuse_other_text(where, row, known[name])
+            if gold_differs(where, row, known[name]):
+                other_gold.append(name)
+        predictions[name] = read_row(where, row, prompt)
+        source = source or read_source(where, row)
+    refuse_useless(path, predictions, unknown, source)
+    return StoredRun(path, list(examples.values())[:limit], predictions, source, other_gold)
+
+
+def refuse_useless(path, predictions, unknown, source):
+    """Raise InputError where a file holds nothing, other data, or (of another system) nothing to read."""
+    if not predictions:
+        raise InputError(f"{path}: no prediction in it")
     if unknown:
         shown = ", ".join(unknown[:3])
         raise InputError(
             f"{path}: {len(unknown)} of {len(predictions)} ids are not in the data ({shown}, …): other data?"
         )
-    if not predictions:
-        raise InputError(f"{path}: no prediction in it")
-    return predictions
-
-
-def from_responses(where, row):
-    """The Prediction of a row of 05."""
-    responses = row["responses"]
-    if row.get("prompt") not in common.PROMPTS or not isinstance(responses, list) or not responses:
+    if not source and not any(any(p.parsed) for p in predictions.values()):
         raise InputError(
-            f"{where}: expected 'prompt' reason or direct and a list of 'responses' (made by 05_eval.py)"
+            f"{path}: none of its {len(predictions)} rows can be read, expected quintuples as "
+            "[e1, t1, e2, t2, r] or as objects, or responses with --prompt"
         )
-    direct = row["prompt"] == "direct"
+
+
+def row_id(where, row):
+    """The id of a row. Raises InputError."""
+    name = row.get("id")
+    if name is None:
+        raise InputError(f"{where}: missing 'id'")
+    if not isinstance(name, str):
+        raise InputError(f"{where}: 'id' is of type {type(name).__name__}, expected a string")
+    return name
+
+
+def own_example(where, row, path):
+    """The tweet that a row of ours holds beside its responses. Raises InputError."""
+    if "text" not in row or "image" not in row:
+        raise InputError(f"{where}: holds no tweet beside its prediction: give the tweets with --data")
+    kept = {name: value for name, value in row.items() if name in ("id", "text", "image", "quintuples")}
+    example = data.to_example(where, kept, ())
+    return dataclasses.replace(example, image=data.find_image(example.image, None, path), row={})
+
+
+def refuse_other_text(where, row, example):
+    if row.get("text", example.text) != example.text:
+        raise InputError(
+            f"{where}: id {example.id} has another text in --data: these predictions are of other data"
+        )
+
+
+def gold_differs(where, row, example):
+    """Whether a row of ours stores another gold than --data has."""
+    if "responses" not in row or row.get("quintuples") is None or example.quintuples is None:
+        return False
+    return set(data.read_gold(where, row["quintuples"])) != set(example.quintuples)
+
+
+def read_source(where, row):
+    """What a row says of its making, {} if nothing. Raises InputError where that is no object."""
+    settings = row.get("settings")
+    source = row.get("source")
+    for name, value in (("settings", settings), ("source", source)):
+        if not isinstance(value, dict | None):
+            raise InputError(f"{where}: {name!r} is of type {type(value).__name__}, expected an object")
+    if settings is None and "prompt" not in row:  # of another system
+        return {}
+    return {**(source or {}), "prompt": row.get("prompt"), "settings": settings or {}}
+
+
+def read_row(where, row, prompt=None):
+    """The Prediction of a row. Raises InputError.
+
+    Ours: {"prompt", "responses": [{"text", "finished"}]}; others': {"response": text} with `prompt`, or
+    {"quintuples": lists or objects}.
+    """
+    if "responses" not in row and "response" not in row:
+        return from_quintuples(where, row)
+    responses = row.get("responses", [row.get("response")])
+    if not isinstance(responses, list) or not responses:
+        raise InputError(f"{where}: expected a list of 'responses', one or more")
+    if prompt and "prompt" in row:
+        raise InputError(f"{where}: says its 'prompt' itself: leave --prompt out")
+    prompt = row.get("prompt", prompt)
+    if prompt not in common.PROMPTS:
+        raise InputError(f"{where}: which prompt was answered? Expected 'prompt' in the row, or --prompt")
+    return from_responses(where, responses, prompt == "direct")
+
+
+def from_responses(where, responses, direct):
     answers = []
     parsed = []
     counts = Counter(dict.fromkeys(COUNTED, 0))
     thoughts = set()
     for item in responses:
-        if not isinstance(item, dict) or not isinstance(item.get("text"), str):
-            raise InputError(f"{where}: a response without 'text' (made by 05_eval.py)")
+        item = check_response(where, {"text": item} if isinstance(item, str) else item)
         response = common.parse_response(item["text"], direct)
         finished = item.get("finished", True)
         readable = bool(response.quintuples) or (answered(item, direct) and not response.malformed)
@@ -194,6 +289,16 @@ def from_responses(where, row):
     return Prediction(answers, parsed, counts, len(thoughts))
 
 
+def check_response(where, item):
+    """A stored response, an object. Raises InputError where a field is of the wrong type."""
+    if not isinstance(item, dict) or not isinstance(item.get("text"), str):
+        raise InputError(f"{where}: a response without 'text', a string")
+    if not isinstance(item.get("finished", True), bool):
+        found = type(item["finished"]).__name__
+        raise InputError(f"{where}: 'finished' is of type {found}, expected true or false")
+    return item
+
+
 def answered(item, direct):
     """Whether a response holds an answer, be it empty; one that was cut off, refused or filtered holds
     none."""
@@ -203,41 +308,29 @@ def answered(item, direct):
 
 
 def from_quintuples(where, row):
-    """The Prediction of a row of another system."""
+    """The Prediction of a row of another system: items as lists, or as objects by the names of their keys."""
     items = row.get("quintuples")
     if not isinstance(items, list):
         raise InputError(
-            f"{where}: expected 'responses' (ours) or a list of 'quintuples' [[e1, t1, e2, t2, r], …]"
+            f"{where}: expected 'responses' (ours), 'response' (a text) or 'quintuples' (a list of items)"
         )
-    good = [item for item in map(common.as_item, items) if item]
+    good = []
+    for item in items:
+        good += read_item(item)
     readable = bool(good) or not items
-    malformed = len(items) - len(good)
-    counts = Counter(dict.fromkeys(COUNTED, 0), responses=1, malformed_items=malformed)
-    counts["well_formed"] = int(not malformed)
+    counts = Counter(dict.fromkeys(COUNTED, 0), responses=1, malformed_items=len(items) - len(good))
+    counts["well_formed"] = int(len(good) == len(items))
     counts["unparsed"] = int(not readable)
-    return Prediction([tuple(common.quintuple(*q) for q in good)], [readable], counts, 0)
+    return Prediction([tuple(good)], [readable], counts, 0)
 
 
-def stored_file(path):
-    """A stored file, or the one in an --out folder."""
-    path = Path(path)
-    return path / "predictions.jsonl" if path.is_dir() else path
-
-
-def stored_run(path, known=None, limit=None):
-    """([Example], {id: Prediction}) of a stored file or an --out folder. Raises InputError.
-
-    known: the gold of --data; None: the file's own.
-    """
-    path = stored_file(path)
-    if not path.exists():
-        raise InputError(f"{path}: no such file: made by 05_eval.py, or name another")
-    if known is None:
-        _, first = next(data.read_jsonl(path), (0, {}))
-        if "responses" not in first:
-            raise InputError(
-                f"{path}: holds quintuples without the tweets they are of: give the gold with --data"
-            )
-        # without `row`: the responses are read again, one row at a time
-        known = {e.id: dataclasses.replace(e, row={}) for e in data.load_examples(path)}
-    return list(known.values())[:limit], read_predictions(path, known)
+def read_item(item):
+    """An item of another system → one Quintuple in a list, or none. Objects go through the one reader of
+    answers."""
+    fields = common.as_item(item)
+    if fields:
+        return [common.quintuple(*fields)]
+    if not isinstance(item, dict):
+        return []
+    read = common.parse_response(json.dumps([item], ensure_ascii=False), direct=True)
+    return list(read.quintuples) if len(read.quintuples) == 1 and not read.malformed else []

@@ -9,7 +9,6 @@ from collections import Counter, defaultdict
 import numpy as np
 
 import common
-from lib.predictions import unanswered
 
 LABEL = "relation"  # the field that tables go by
 RULES = {  # metric: (title, matching rule), in the order they are shown
@@ -28,6 +27,15 @@ ERRORS = {  # class: what is wrong; every false positive and negative is in one,
     "unparsed": "gold of a tweet whose responses hold no readable answer",
 }
 CONFUSED = "relation"  # the class whose pairs of labels are counted
+VOTES = {  # how several answers become one
+    "set": "most frequent set of quintuples",
+    "staged": "most frequent set of typed entities, then the most frequent set of quintuples with these",
+    "tuple": "every quintuple in a share --tau of the responses",
+}
+OUTSIDE = "outside the label set"
+LABELS = common.RELATIONS
+SHARES = ("precision", "recall", "f1")
+CHUNK = 1000  # resamples drawn at once, for memory
 SIZES = ("0", "1", "2", "3", "4 or more")  # gold quintuples of a tweet
 
 
@@ -37,28 +45,80 @@ SIZES = ("0", "1", "2", "3", "4 or more")  # gold quintuples of a tweet
 def vote(answers, parsed, how="set", tau=0.5):
     """Several answers → one, a list without repeats; unparsed answers do not vote.
 
-    answers: tuples of quintuples; parsed: whether each could be read. how: `set`, the most frequent set, the
-    earliest on a tie; `tuple`, every quintuple in at least a share tau of the answers.
+    answers: tuples of quintuples; parsed: whether each could be read. how: one of VOTES.
 
     >>> vote([("a",), ("b", "a"), ("a", "b"), ()], [1, 1, 1, 0])
     ['b', 'a']
     >>> vote([("a",), ("b",), ("a", "c")], [1, 1, 1], "tuple", 0.5)
     ['a']
     """
-    voters = [tuple(dict.fromkeys(answer)) for answer, ok in zip(answers, parsed, strict=True) if ok]
-    if not voters:
-        return []
+    read = [frozenset(answer) if ok else None for answer, ok in zip(answers, parsed, strict=True)]
+    winner = frozenset()
+    for chosen in running_votes(read, range(len(read)), how, tau):
+        winner = chosen
+    if how != "tuple":  # in the order of the first answer that says so
+        place = read.index(winner) if winner in read else None
+        return [] if place is None else distinct(answers[place])
+    voted = [q for answer, ok in zip(answers, parsed, strict=True) if ok for q in answer]
+    return [q for q in distinct(voted) if q in winner]
+
+
+def running_votes(answers, order, how="set", tau=0.5):
+    """Yield the vote of the first 1, 2, … of `answers`, taken in `order`: a frozenset of quintuples.
+
+    answers: frozensets, None for an unparsed one, which does not vote; order: their places, shuffled.
+    """
     if how == "tuple":
-        votes = Counter(q for answer in voters for q in answer)
-        return [q for q in votes if enough(votes[q], len(voters), tau)]
-    votes = Counter(map(frozenset, voters))
-    winner = max(votes, key=votes.get)  # a Counter keeps order: the earliest on a tie
-    return list(next(answer for answer in voters if frozenset(answer) == winner))
+        yield from running_tuples(answers, order, tau)
+        return
+    first_stage = Plurality()  # of typed entities, or without a first stage of one thing that is always equal
+    second_stage = defaultdict(Plurality)
+    for place in order:
+        answer = answers[place]
+        if answer is not None:
+            group = frozenset(common.entities(answer)) if how == "staged" else None
+            first_stage.add(group, place)
+            second_stage[group].add(answer, place)
+        yield second_stage[first_stage.leader].leader or frozenset()
+
+
+def running_tuples(answers, order, tau):
+    """running_votes by quintuple."""
+    votes = Counter()
+    voters = 0
+    for place in order:
+        answer = answers[place]
+        if answer is not None:
+            voters += 1
+            votes.update(answer)
+        yield frozenset(q for q in votes if enough(votes[q], voters, tau))
+
+
+class Plurality:
+    """The most frequent of what was added, as `leader`; on a tie the one with the lowest place."""
+
+    def __init__(self):
+        self.votes = Counter()
+        self.lowest = {}
+        self.leader = None
+        self.lead = (0, 0)
+
+    def add(self, unit, place):
+        self.votes[unit] += 1
+        self.lowest[unit] = min(place, self.lowest.get(unit, place))
+        standing = (self.votes[unit], -self.lowest[unit])
+        if standing > self.lead:
+            self.leader = unit
+            self.lead = standing
 
 
 def enough(votes, voters, tau):
     """Whether so many votes are at least a share tau of the voters; 0.3 of 10 is 3, whatever floats say."""
     return votes >= tau * voters - 1e-9
+
+
+def distinct(quintuples):
+    return list(dict.fromkeys(quintuples))
 
 
 # -------------------------------------------------------------------------------- metrics
@@ -74,32 +134,58 @@ def match_counts(preds, golds, keys):
     return np.array(counts).reshape(-1, 3)
 
 
-def bootstrap(counts, tweets, resamples, seed):
-    """Micro precision, recall, F1 of resampled tweets → [3, resamples].
+def micro_shares(counts):
+    """[…, 3] true positives, predicted, gold → [3, …] micro precision, recall, F1; 0 where a denominator is
+    0."""
+    tp, pred, gold = np.moveaxis(counts, -1, 0)
+    precision = tp / np.maximum(pred, 1)
+    recall = tp / np.maximum(gold, 1)
+    f1 = 2 * tp / np.maximum(pred + gold, 1)
+    return np.stack([precision, recall, f1])
 
-    counts: [N, 3] of match_counts; tweets: [N], number of the tweet each example belongs to. The same seed
-    and tweets give the same resamples, so two systems are compared in pairs.
+
+def per_tweet(counts, tweets):
+    """[N, C] counts of examples → [T, C] of tweets; tweets: [N], number of the tweet each example belongs
+    to."""
+    sums = np.zeros((tweets.max() + 1, counts.shape[1]), int)
+    np.add.at(sums, tweets, counts)
+    return sums
+
+
+def resample(counts, tweets, resamples, seed):
+    """Sums of counts [N, C] over resampled tweets → [resamples, C].
+
+    The same seed and tweets give the same resamples, so two systems are compared in pairs.
     """
-    clusters = np.zeros((tweets.max() + 1, 3), int)
-    np.add.at(clusters, tweets, counts)
+    clusters = per_tweet(counts, tweets)
     rng = np.random.default_rng(seed)
     n = len(clusters)
-    drawn = rng.multinomial(n, np.full(n, 1 / n), size=resamples)  # [resamples, tweets]
-    tp, pred, gold = (drawn @ clusters).T  # each [resamples]
-    return np.stack([tp / np.maximum(pred, 1), tp / np.maximum(gold, 1), 2 * tp / np.maximum(pred + gold, 1)])
+    sums = []
+    for start in range(0, resamples, CHUNK):
+        size = min(CHUNK, resamples - start)
+        drawn = rng.multinomial(n, np.full(n, 1 / n), size=size)  # [size, T]: how often each tweet is drawn
+        sums.append(drawn @ clusters)
+    return np.concatenate(sums)
 
 
 def headline(preds, golds, tweets, resamples, seed):
     """{metric: micro scores with 95 % intervals} for each matching rule."""
+    counts = [match_counts(preds, golds, common.MATCHING[metric]) for metric in RULES]
+    sums = resample(np.hstack(counts), tweets, resamples, seed)  # [resamples, 3 · metrics]
     result = {}
-    for metric in RULES:
-        counts = match_counts(preds, golds, common.MATCHING[metric])
-        samples = bootstrap(counts, tweets, resamples, seed)
-        scores = common.micro(*counts.sum(0).tolist())
-        for name, values in zip(("precision", "recall", "f1"), samples, strict=True):
+    for place, metric in enumerate(RULES):
+        scores = common.micro(*counts[place].sum(0).tolist())
+        samples = micro_shares(sums[:, 3 * place : 3 * place + 3])
+        for name, values in zip(SHARES, samples, strict=True):
             scores[f"{name}_95"] = np.percentile(values, (2.5, 97.5)).tolist()
         result[metric] = scores
     return result
+
+
+def label_of(q):
+    """The label that tables count a quintuple under; labels that do not exist are one."""
+    label = getattr(q, LABEL)
+    return label if label in LABELS else OUTSIDE
 
 
 def per_label(preds, golds):
@@ -110,9 +196,27 @@ def per_label(preds, golds):
         gold = set(gold)
         for what, group in (("tp", pred & gold), ("pred", pred), ("gold", gold)):
             for q in group:
-                counts[getattr(q, LABEL)][what] += 1
+                counts[label_of(q)][what] += 1
     order = sorted(counts, key=lambda name: (-counts[name]["gold"], -counts[name]["pred"], name))
+    order.sort(key=lambda name: name == OUTSIDE)
     return {name: common.micro(*(counts[name][what] for what in ("tp", "pred", "gold"))) for name in order}
+
+
+def per_component(preds, golds):
+    """{field of a quintuple: micro scores}: how often each is right, whatever the others are.
+
+    Predicted and gold quintuples of a tweet are paired one to one so that most fields are equal.
+    """
+    right = Counter()
+    pairs = zip(map(distinct, preds), map(distinct, golds), strict=True)
+    totals = [0, 0]
+    for pred, gold in pairs:
+        totals[0] += len(pred)
+        totals[1] += len(gold)
+        for i, j in common.best_pairs(pred, gold):
+            for name, found, wanted in zip(common.Quintuple._fields, pred[i], gold[j], strict=True):
+                right[name] += found == wanted
+    return {name: common.micro(right[name], *totals) for name in common.Quintuple._fields}
 
 
 def per_size(preds, golds):
@@ -204,38 +308,11 @@ def count_errors(preds, golds, parsed):
             counts[kind][0] += p is not None
             counts[kind][1] += g is not None
             if kind == CONFUSED:
-                confusion[getattr(g, LABEL), getattr(p, LABEL)] += 1
+                confusion[label_of(g), label_of(p)] += 1
     return counts, [(*pair, times) for pair, times in confusion.most_common()]
 
 
 # -------------------------------------------------------------------------------- many responses
-
-
-def running_votes(answers, order, how="set", tau=0.5):
-    """Yield the vote of the first 1, 2, … of `answers`, taken in `order`: a set of quintuples.
-
-    answers: frozensets, None for an unparsed one, which does not vote; order: their places, shuffled. On a
-    tie of sets the lowest place wins, as in `vote`.
-    """
-    votes = Counter()
-    voters = 0
-    lowest = {}  # set: the lowest place it was seen at
-    leader = frozenset()
-    lead = (0, 0)  # votes and place of the leader
-    for place in order:
-        answer = answers[place]
-        if answer is not None:
-            voters += 1
-            votes.update([answer] if how == "set" else answer)
-        if how == "tuple":
-            yield {q for q in votes if enough(votes[q], voters, tau)}
-            continue
-        if answer is not None:
-            lowest[answer] = min(place, lowest.get(answer, place))
-            if (votes[answer], -lowest[answer]) > lead:
-                leader = answer
-                lead = (votes[answer], -lowest[answer])
-        yield leader
 
 
 def f1_at_k(preds, golds, how="set", tau=0.5, subsets=20, seed=0):
@@ -273,7 +350,8 @@ def diversity(preds, golds, args):
     best = counts[f1.argmax(0), np.arange(len(preds))]  # [N, 3]
     single = [common.micro(*total)["f1"] for total in counts.sum(1).tolist()]
     distinct = [len({frozenset(a) for a, ok in zip(p.answers, p.parsed, strict=True) if ok}) for p in preds]
-    points = zip(curve.mean(0).tolist(), curve.std(0).tolist(), strict=True)
+    deviations = [*curve.std(0).tolist()[:-1], None]  # all K responses are one subset: nothing to deviate
+    points = zip(curve.mean(0).tolist(), deviations, strict=True)
     return {
         "n": n,
         "subsets": args.subsets,
@@ -284,53 +362,3 @@ def diversity(preds, golds, args):
         "distinct_paths": float(np.mean([p.paths for p in preds])),
         "distinct_answers": float(np.mean(distinct)),
     }
-
-
-# -------------------------------------------------------------------------------- all of it
-
-
-def evaluate(args, examples, predictions):
-    """All figures of one stored file → (what metrics.json holds, {id: the answer after the vote}).
-
-    examples: of the data, in order; predictions: {id: Prediction}. A tweet without a prediction counts as
-    an empty one. args: vote, tau, resamples, subsets, seed.
-    """
-    finals = {name: vote(p.answers, p.parsed, args.vote, args.tau) for name, p in predictions.items()}
-    responses = Counter()
-    for example in examples:
-        if example.id in predictions:
-            responses.update(predictions[example.id].counts)
-    scored = [example for example in examples if example.quintuples is not None]
-    metrics = {
-        "examples": len(examples),
-        "without_prediction": sum(example.id not in predictions for example in examples),
-        "responses": dict(responses),
-        "vote": args.vote,
-        "tau": args.tau if args.vote == "tuple" else None,
-        "seed": args.seed,
-        "resamples": args.resamples,
-        "without_gold": len(examples) - len(scored),
-    }
-    if scored:
-        metrics |= score(args, scored, predictions, finals)
-    return metrics, finals
-
-
-def score(args, examples, predictions, finals):
-    """The part of `evaluate` that needs gold."""
-    preds = [finals.get(example.id, []) for example in examples]
-    golds = [example.quintuples for example in examples]
-    parsed = [example.id not in predictions or any(predictions[example.id].parsed) for example in examples]
-    metrics = {
-        "scores": headline(preds, golds, tweet_numbers(examples), args.resamples, args.seed),
-        "matching": {name: rule for name, (_, rule) in RULES.items()},
-        "per_relation": per_label(preds, golds),
-        "per_size": per_size(preds, golds),
-    }
-    metrics["errors"], metrics["confusion"] = count_errors(preds, golds, parsed)
-    given = [predictions[example.id] for example in examples if example.id in predictions]
-    n = min((len(p.answers) for p in given), default=1)
-    if n > 1:
-        given = [predictions.get(example.id, unanswered(n)) for example in examples]
-        metrics["samples"] = diversity(given, golds, args)
-    return metrics

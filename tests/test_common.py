@@ -1,7 +1,6 @@
 """common.py: labels, data, answers, rewards, metrics; on worked examples, the real annotations and random input."""
 
 import itertools
-import json
 import time
 
 import pytest
@@ -11,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import common
-from common import InputError, Quintuple, quintuple
+from common import Quintuple, quintuple
 from lib import data
 
 GOLD = [quintuple("Josh Gordon", "per", "Browns", "org", "member of")]
@@ -21,28 +20,7 @@ def think(answer):
     return f"<think>because</think>\n<answer>{answer}</answer>"
 
 
-# ------------------------------------------------------------------------------------------------ data
-
-
-@needs_data
-@pytest.mark.parametrize(
-    ("split", "examples", "quintuples"), [("train", 3618, 4503), ("val", 496, 624), ("test", 475, 640)]
-)
-def test_both_releases_give_the_papers_split(split, examples, quintuples):
-    jmere = data.load_examples(DATA / "jmere" / f"{split}.json", image_dir="img")
-    mnre = data.load_examples(DATA / "mnre" / f"mnre_{split}.txt", image_dir="img")
-    assert len(jmere) == examples and sum(len(x.quintuples) for x in jmere) == quintuples
-    assert [(x.id, x.text, x.image, x.quintuples) for x in jmere] == [
-        (x.id, x.text, x.image, x.quintuples) for x in mnre
-    ]
-    assert len({x.id for x in jmere}) == examples
-    rows = json.loads((DATA / "jmere" / f"{split}.json").read_text())
-    assert [x.text for x in jmere] == [" ".join(row["token"]) for row in rows]
-    merged = data.load_examples(DATA / "jmere" / f"{split}.json", merge_repeats=True)
-    assert len(merged) == len({(x.text, x.image) for x in jmere}) < examples
-    assert sum(len(x.quintuples) for x in merged) == len(
-        {(x.text, x.image, q) for x in jmere for q in x.quintuples}
-    )
+# ------------------------------------------------------------------------------------------------ answers
 
 
 @needs_data
@@ -65,116 +43,6 @@ def test_every_real_quintuple_survives_format_and_parse():
             assert common.accuracy_reward(reasoned, example.quintuples) == 1
             seen += len(example.quintuples)
     assert seen == 5767
-
-
-def test_mnre_rule_by_hand(tmp_path):
-    def line(text, relation):
-        end = {"name": text.split()[0], "pos": [0, 1]}
-        return repr({"token": text.split(), "h": end, "t": end, "img_id": "i.jpg", "relation": relation})
-
-    typed, untyped = "/per/org/member_of", "None"
-    lines = [
-        line("a b", untyped),
-        line("a b", typed),
-        line("a b", typed),
-        line("a b", untyped),
-        line("a b", typed),
-        line("c d", typed),
-    ]
-    (tmp_path / "m.txt").write_text("\n".join([*lines, line("c d", untyped), line("e f", untyped)]) + "\n")
-    examples = data.load_examples(tmp_path / "m.txt")
-    assert [(x.id, x.text, len(x.quintuples)) for x in examples] == [
-        ("i", "a b", 2),
-        ("i-2", "a b", 1),
-        ("i-3", "c d", 1),
-    ]
-    assert [len(x.quintuples) for x in data.load_examples(tmp_path / "m.txt", merge_repeats=True)] == [
-        1,
-        1,
-    ]  # repeats of one quintuple
-
-
-ROW = {"id": "a", "text": "t", "image": "a.png", "quintuples": [["A", "per", "B", "org", "member_of"]]}
-
-
-@pytest.mark.parametrize(
-    ("lines", "need", "message"),
-    [
-        ([json.dumps(ROW), "{broken"], (), "rows.jsonl:2: not JSON"),
-        ([json.dumps(ROW), json.dumps(ROW)], (), "rows.jsonl:2: id a stands already at"),
-        ([json.dumps(ROW)], ("cot",), "rows.jsonl:1: missing 'cot' (made by 01_distill.py)"),
-        (
-            [json.dumps({k: v for k, v in ROW.items() if k != "quintuples"})],
-            ("quintuples",),
-            "rows.jsonl:1: missing 'quintuples'",
-        ),
-        ([json.dumps({**ROW, "image": ""})], (), "rows.jsonl:1: missing 'image'"),
-        ([json.dumps({**ROW, "text": 3})], (), "'text' is a int, expected a string"),
-        (
-            [json.dumps({**ROW, "quintuples": [["A", "per", "B", "org"]]})],
-            (),
-            "expected five non-empty strings",
-        ),
-        (
-            [json.dumps({**ROW, "quintuples": [["A", "animal", "B", "org", "peer"]]})],
-            (),
-            "unknown label 'animal'",
-        ),
-        ([json.dumps([1])[1:-1]], (), "rows.jsonl:1: found a JSON int"),
-        ([json.dumps({**ROW, "text": "\ud83d"})], (), "rows.jsonl:1: holds half a character"),
-        (["{'token': ['a'], 'relation': 'None'"], (), "rows.jsonl:1: not an MNRE line"),
-        (['[{"token": ["a"]}]'], (), "rows.jsonl: item 1: not a JMERE row"),
-        (["[broken"], (), "begins like a JMERE file"),
-        ([""], (), "empty file"),
-    ],
-)
-def test_wrong_line_is_named(tmp_path, lines, need, message):
-    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
-    with pytest.raises(InputError) as error:
-        data.load_examples(tmp_path / "rows.jsonl", need=need)
-    assert message in str(error.value) and "\n" not in str(error.value)
-
-
-def test_skip_bad_counts(tmp_path, capsys):
-    (tmp_path / "rows.jsonl").write_text(
-        f"{json.dumps(ROW)}\n{{broken\n{json.dumps({**ROW, 'id': 'b', 'text': None})}\n"
-    )
-    assert [x.id for x in data.load_examples(tmp_path / "rows.jsonl", skip_bad=True)] == ["a"]
-    assert "2 bad rows skipped, 1 kept" in capsys.readouterr().err
-
-
-def test_lines_end_at_newline_alone(tmp_path):
-    (tmp_path / "rows.jsonl").write_text(
-        json.dumps({**ROW, "text": "a\u2028b\x85c"}, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    assert data.load_examples(tmp_path / "rows.jsonl")[0].text == "a\u2028b\x85c"
-
-
-def test_images_are_found_checked_and_named(tmp_path):
-    from PIL import Image
-
-    (tmp_path / "img").mkdir()
-    Image.new("RGB", (8, 8)).save(tmp_path / "img" / "good.png")
-    whole = (tmp_path / "img" / "good.png").read_bytes()
-    (tmp_path / "img" / "torn.png").write_bytes(whole[:40])
-    names = ["good.png", "torn.png", "gone.png"]
-    rows = [{**ROW, "id": name, "image": name} for name in names]
-    (tmp_path / "rows.jsonl").write_text("".join(map(data.jsonl_line, rows)))
-    examples = data.load_examples(tmp_path / "rows.jsonl", tmp_path / "img")
-    with pytest.raises(
-        InputError, match=r"2 of 3 images cannot be used: torn.png: .*gone.png: .*no such file"
-    ):
-        data.check_images(examples)
-    assert [x.id for x in data.check_images(examples, skip_bad=True)] == ["good.png"]
-    row = data.to_row(examples[0], tmp_path / "runs" / "cot.jsonl")
-    assert (
-        row["image"] == "../img/good.png"
-        and data.load_examples(tmp_path / "rows.jsonl", tmp_path / "img")[0].quintuples[0].relation
-        == "member of"
-    )
-
-
-# ------------------------------------------------------------------------------------------------ answers
 
 text_field = (
     st.text(st.characters(exclude_categories=["Cs"]), min_size=1).map(common.normalise_text).filter(bool)

@@ -146,7 +146,8 @@ def main(args):
         lr = training.set_learning_rate(engine, step, total, args)
         training.seed_step(args.seed, step, ranks.rank)
         mine = slice(ranks.rank * rank_rows, (ranks.rank + 1) * rank_rows)
-        batch = [train[i] for i in training.batch_indices(len(train), rows, step, args.seed)[mine]]
+        indices = training.batch_indices(len(train), rows, step, args.seed)[mine]
+        batch = [train[i] for i in indices]
         with ranks.together():
             texts = [target_text(example, args.target) for example in batch]
             targets = [target_ids(processor, text, stop) for text in texts]
@@ -168,7 +169,9 @@ def main(args):
                 engine.backward(loss * ranks.world, scale_wrt_gas=False)
                 engine.step()
         [loss] = ranks.sum(nll)
-        row = {"step": step + 1, "epoch": round((step + 1) * rows / len(train), 4), "loss": loss, "lr": lr}
+        row = {"step": step + 1, "epoch": round((step + 1) * rows / len(train), 4)}
+        row["loss"] = loss
+        row["lr"] = lr
         row["grad_norm"] = float(engine.get_global_grad_norm())
         responses = [{"id": example.id, "response": text} for example, text in zip(batch, texts, strict=True)]
         run.check_step(model, step, row, before, responses)

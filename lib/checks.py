@@ -16,10 +16,10 @@ from lib import data, rollout, vlm
 SHOWN = 3  # faults that a message names
 
 
-def usable_splits(train, val, processor, dtype, args, ranks):
+def usable_splits(train, val, processor, dtype, args, ranks, server=None):
     """→ (train, val, content): the examples that the model can take, and digests of all that determines the
     run besides its arguments. Raises InputError, on all ranks."""
-    train, train_digest = usable(train, processor, args, ranks)
+    train, train_digest = usable(train, processor, args, ranks, server)
     content = {"dtype": str(dtype), "training data": train_digest}
     if val:
         val, content["validation data"] = usable(val, processor, args, ranks)
@@ -27,25 +27,28 @@ def usable_splits(train, val, processor, dtype, args, ranks):
         content["base model"] = vlm.weights_digest(args.model)
         if getattr(args, "adapter", None):
             weights = Path(args.adapter) / "adapter_model.safetensors"
-            content["start adapter"] = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
+            content["start adapter"] = _digest(weights)[:16]
     return train, val, content
 
 
-def usable(examples, processor, args, ranks):
+def usable(examples, processor, args, ranks, server=None):
     """The examples that the model can take, and a digest of everything in them that training sees.
 
     Every image is opened by one rank, its tokens are counted by arithmetic, and prompt + --max-new-tokens
-    compared with the positions of `model` (its configuration). Raises InputError, on all ranks, where one
-    fails and --skip-bad is not given.
+    compared with the positions of `model` (its configuration), and of the server where one draws responses.
+    Raises InputError, on all ranks, where one fails and --skip-bad is not given.
     """
     mine = examples[ranks.rank :: ranks.world]
     template = common.PROMPTS[args.prompt]
-    config = vlm.read_config(args.model).get_text_config()
-    room = config.max_position_embeddings - args.max_new_tokens
+    positions = vlm.read_config(args.model).get_text_config().max_position_embeddings
+    if server:
+        positions = min(positions, server.positions)
+    room = positions - args.max_new_tokens
     looks = []
     hidden = None if ranks.main else True
     with ranks.together(), ThreadPoolExecutor() as pool:  # PIL decodes without the GIL
-        bar = tqdm(pool.map(_look, mine), total=len(mine), desc="check images", unit="img", disable=hidden)
+        found = pool.map(_look, mine)
+        bar = tqdm(found, total=len(mine), desc="check images", unit="img", disable=hidden)
         for example, (size, digest, fault) in zip(mine, bar, strict=True):
             fault = fault or _prompt_fault(example, processor, template, size, room)
             looks.append((fault, digest))
@@ -59,7 +62,8 @@ def usable(examples, processor, args, ranks):
     for example, (fault, digest) in zip(examples, found, strict=True):
         if not fault:
             kept.append(example)
-            row = [example.id, example.text, example.quintuples, example.row.get("cot"), digest]
+            row = [example.id, example.text, example.quintuples]
+            row += [example.row.get("cot"), digest]
             content.update(json.dumps(row).encode())
     return kept, content.hexdigest()[:16]
 
@@ -68,10 +72,15 @@ def _look(example):
     """→ (size (width, height), digest of the file, None), or (None, None, what is wrong with it)."""
     try:
         size = data.load_image(example.image).size
-        digest = hashlib.sha256(Path(example.image).read_bytes()).hexdigest()
+        digest = _digest(example.image)
     except InputError as error:
         return None, None, str(error)
     return size, digest, None
+
+
+def _digest(path):
+    content = Path(path).read_bytes()
+    return hashlib.sha256(content).hexdigest()
 
 
 def _prompt_fault(example, processor, template, size, room):
@@ -121,8 +130,10 @@ def prove(model, processor, example, args, ranks):
     with ranks.together():
         ids = processor.tokenizer(PROBE, add_special_tokens=False)["input_ids"]
         [prompt] = vlm.encode(model, processor, [(text, example.image)])
-        own = vlm.own_logits(model, processor, text, example.image, ids).log_softmax(-1)  # [C + 1, V]
-        wanted = own[:-1].gather(1, torch.tensor(ids, device=own.device)[:, None])[:, 0]
+        own = vlm.own_logits(model, processor, text, example.image, ids)  # [C + 1, V]
+        own = own.log_softmax(-1)
+        chosen = torch.tensor(ids, device=own.device)
+        wanted = own[:-1].gather(1, chosen[:, None])[:, 0]
         packed, _, _ = rollout.completion_logps(model, [prompt], [[ids, ids]])
         difference = (packed - wanted).abs().mean().item()
         _refuse(difference, base, "the packed pass")

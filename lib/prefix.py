@@ -37,17 +37,20 @@ class Packed:
         start = 0
         for size, lengths in self.groups:
             end = start + size
-            prefix_key = key[:, :, start:end]
-            prefix_value = value[:, :, start:end]
-            q = query[:, :, start:end]
+            prefix = slice(start, end)
+            q = query[:, :, prefix]
+            prefix_key = key[:, :, prefix]
+            prefix_value = value[:, :, prefix]
             out = scaled_dot_product_attention(q, prefix_key, prefix_value, is_causal=True, enable_gqa=True)
             outputs.append(out)
             for length in lengths:
                 start = end
                 end = start + length
-                k = torch.cat([prefix_key, key[:, :, start:end]], 2)  # [1, Hkv, P + C, d]
-                v = torch.cat([prefix_value, value[:, :, start:end]], 2)
-                outputs.append(self._response(query[:, :, start:end], k, v))  # [1, H, C, d]
+                own = slice(start, end)
+                k = torch.cat([prefix_key, key[:, :, own]], 2)  # [1, Hkv, P + C, d]
+                v = torch.cat([prefix_value, value[:, :, own]], 2)
+                out = self._response(query[:, :, own], k, v)
+                outputs.append(out)  # [1, H, C, d]
             start = end
         return torch.cat(outputs, 2)
 
@@ -72,7 +75,8 @@ class Packed:
         """[H/Hkv·C, P + C] additive: 0 on the prompt, causal on the response."""
         if (size, length) not in self.masks:
             causal = query.new_full((length, length), -torch.inf)
-            mask = pad(causal.triu(1), (size, 0))
+            causal = causal.triu(1)
+            mask = pad(causal, (size, 0))
             repeats = query.shape[2] // length
             self.masks[size, length] = mask.repeat(repeats, 1)
         return self.masks[size, length]
@@ -105,10 +109,13 @@ class Decoding:
         self.own = []  # a layer: [2, N, Hkv, C, d]
         while kept:
             key, value = kept.pop(0)
-            prefix = torch.stack([_by_prompt(key, sizes), _by_prompt(value, sizes)])
+            key = _by_prompt(key, sizes)
+            value = _by_prompt(value, sizes)
+            prefix = torch.stack([key, value])
             _, _, heads, _, size = prefix.shape
+            own = prefix.new_empty(2, len(sizes) * n, heads, 0, size)
             self.prefix.append(prefix)
-            self.own.append(prefix.new_empty(2, len(sizes) * n, heads, 0, size))
+            self.own.append(own)
         self.fixed_shapes = fixed_shapes
         self.grow = self.GROW[fixed_shapes]
         self.step = -1  # the response token being computed, from 0
@@ -123,7 +130,8 @@ class Decoding:
         before = counts.cumsum(0) - counts  # responses of earlier prompts
         self.owner = owner
         self.width = int(counts.max())
-        self.slot = torch.arange(len(owner), device=owner.device) - before[owner]
+        rows = torch.arange(len(owner), device=owner.device)
+        self.slot = rows - before[owner]
         self.full = len(owner) == len(counts) * self.width
 
     def _to_grid(self, x):
@@ -141,7 +149,9 @@ class Decoding:
         """[B, Hkv, width·r, …] → [N, Hkv, r, …]."""
         grid = grid.unflatten(2, (self.width, -1))
         grid = grid.transpose(1, 2)
-        return grid.flatten(0, 1) if self.full else grid[self.owner, self.slot]
+        if self.full:
+            return grid.flatten(0, 1)
+        return grid[self.owner, self.slot]
 
     def keep(self, rows):
         """Drop all responses but `rows` (ascending indices), and prompts that have none left."""
@@ -165,17 +175,21 @@ class Decoding:
     def __call__(self, layer, query, key, value):
         """query [N, H, 1, d], key and value [N, Hkv, 1, d] → [N, H, 1, d]."""
         own = self.own[layer]  # [2, N, Hkv, C, d]
-        own.index_copy_(3, self.at, torch.stack([key, value]))
+        new = torch.stack([key, value])
+        own.index_copy_(3, self.at, new)
         if not self.fixed_shapes:
             own = own[:, :, :, : self.step + 1]
         own_key, own_value = own
         prefix_key, prefix_value = self.prefix[layer]  # [B, Hkv, P, d]
         scale = query.shape[-1] ** -0.5
-        query = query.unflatten(1, (key.shape[1], -1))  # [N, Hkv, H/Hkv, 1, d]
+        heads = key.shape[1]
+        query = query.unflatten(1, (heads, -1))  # [N, Hkv, H/Hkv, 1, d]
         query = query.squeeze(3) * scale
 
-        to_prefix = self._to_grid(query) @ prefix_key.transpose(2, 3)  # [B, Hkv, width·H/Hkv, P]
-        to_prefix.masked_fill_(self.padding[:, None, None], -torch.inf)
+        grid = self._to_grid(query)
+        to_prefix = grid @ prefix_key.transpose(2, 3)  # [B, Hkv, width·H/Hkv, P]
+        padding = self.padding[:, None, None]
+        to_prefix.masked_fill_(padding, -torch.inf)
         to_prefix = self._from_grid(to_prefix)  # [N, Hkv, H/Hkv, P]
         to_own = query @ own_key.transpose(2, 3)  # [N, Hkv, H/Hkv, C]
         if self.fixed_shapes:
@@ -183,10 +197,13 @@ class Decoding:
         weights = torch.cat([to_prefix, to_own], -1)
         weights = weights.softmax(-1, dtype=torch.float32)
         weights = weights.to(value.dtype)
-        to_prefix, to_own = weights.tensor_split([prefix_key.shape[2]], -1)
-        out = self._from_grid(self._to_grid(to_prefix) @ prefix_value)  # [N, Hkv, H/Hkv, d]
+        size = prefix_key.shape[2]
+        to_prefix, to_own = weights.tensor_split([size], -1)
+        grid = self._to_grid(to_prefix)
+        out = self._from_grid(grid @ prefix_value)  # [N, Hkv, H/Hkv, d]
         out += to_own @ own_value
-        return out.flatten(1, 2)[:, :, None]
+        out = out.flatten(1, 2)
+        return out[:, :, None]
 
 
 def _by_prompt(x, sizes):
@@ -210,7 +227,9 @@ def decoder(base, inputs, layout):
 def token(base, cache, tokens, positions):
     """[N] token ids, [N, 3 or 1] → their last hidden state [N, D]; the cache (Decoding) takes them in."""
     embeds = base.get_input_embeddings()(tokens)
-    return decoder(base, vlm.token_inputs(embeds, positions), cache)[:, 0]
+    inputs = vlm.token_inputs(embeds, positions)
+    hidden = decoder(base, inputs, cache)
+    return hidden[:, 0]
 
 
 class GraphedToken:

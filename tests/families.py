@@ -15,7 +15,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from demo import make_base as build
+from demo.base import build
 
 LAYERS, HIDDEN, HEADS, SIDE = 4, 64, 4, 56
 

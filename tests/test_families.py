@@ -1,7 +1,6 @@
 """Every family that lib/vlm.py claims, against plain transformers: log-probs, gradients, greedy tokens, and
 through 03, 04, 05."""
 
-import importlib
 import json
 import random
 from types import SimpleNamespace
@@ -19,7 +18,6 @@ from tests import families
 ALL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "llava_next")
 ONE = training.Ranks(0, 1, torch.device("cpu"))
 LENGTHS = ((9, 1, 4), (2, 6))
-table = {}  # {family: {what: difference}}, printed at the end
 
 
 @pytest.fixture(scope="module", params=ALL)
@@ -35,10 +33,10 @@ def loaded(family, tmp_path_factory):
     """Model with a LoRA that does something, processor, two items of different image sizes."""
     name, folder = family
     model, processor = vlm.load(str(folder))
-    model = lora.add_lora(model, 8, 16)
+    model = lora.add_lora(model, 8, 16).eval()
     for parameter in model.parameters():
         if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(1))
+            torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(1))
     images = tmp_path_factory.mktemp("images")
     items = []
     for number, (size, text) in enumerate(
@@ -181,24 +179,24 @@ def test_a_model_without_eyes_is_refused(tmp_path):
 
 def test_through_all_stages(family, world, tmp_path):
     name, folder = family
-    options = f"--val {world}/val.jsonl --eval-limit 2 --max-new-tokens 8 --limit 4 --batch-size 2"
-    sft = f"03_sft.py --model {folder} --data {world}/sft.jsonl {options} --epochs 2 --lr 1e-3 --out {tmp_path}/sft"
-    run_script(sft, "--lora-rank 4 --lora-alpha 8")
+    if name not in families.FAMILIES:
+        pytest.skip("LLaVA-1.5 and Qwen2.5-VL go through all stages in test_train.py and the demo")
+    options = f"--val {world}/val.jsonl --eval-limit 2 --max-new-tokens 8 --limit 4 --batch-size 2 --lr 1e-3"
+    sft = f"03_sft.py --model {folder} --data {world}/sft.jsonl {options} --out {tmp_path}/sft"
+    run_script(sft, "--lora-rank 4 --lora-alpha 8 --epochs 2")
     probe = tmp_path / "grpo.py"  # a random model earns nothing: its groups get something to tell apart
     probe.write_text(
         'import importlib, sys\ngrpo = importlib.import_module("04_grpo")\n'
-        'grpo.reward = lambda sample, *rest: {"reward": len(sample.text) % 7 / 7}\ngrpo.main(grpo.parse_args())\n'
+        'grpo.reward = lambda sample, *rest: {"reward": len(sample.text) % 7 / 7}\n'
+        "grpo.main(grpo.parse_args())\n"
     )
     start = f"--adapter {tmp_path}/sft/best --data {world}/train.jsonl"
-    run_script(probe, start, options, f"--epochs 1 --group-size 3 --lr 1e-3 --out {tmp_path}/grpo")
+    run_script(probe, start, options, f"--epochs 1 --group-size 3 --out {tmp_path}/grpo")
     rows = [json.loads(line) for line in (tmp_path / "grpo" / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["kl"] == 0 and rows[0]["grad_norm"] > 0 and rows[1]["kl"] > 0
     evaluate = f"05_eval.py --model {folder} --adapter {tmp_path}/grpo/best --data {world}/test.jsonl"
     run_script(evaluate, f"--limit 2 --max-new-tokens 8 --temperature 0 --out {tmp_path}/test")
     assert (tmp_path / "test" / "predictions.jsonl").exists()
     proof = merge.merge_adapter(str(folder), str(tmp_path / "grpo" / "best"), str(tmp_path / "merged"))
-    print(
-        f"{name}: merged, logits differ by {proof['difference']:.1e}, without the adapter by {proof['effect']:.1e}"
-    )
+    print(f"{name}: merged logits differ by {proof['difference']:.1e}, the base's by {proof['effect']:.1e}")
     assert proof["difference"] < 1e-5 < proof["effect"]
-    assert importlib.import_module("04_grpo").parse_args([]).group_size == 8

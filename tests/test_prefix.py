@@ -311,19 +311,11 @@ def test_sampled_tokens_equal_a_loop_without_cache(loaded, static, monkeypatch):
         noise = rollout.uniforms(4, 20, key)
         for row, sample in enumerate(group):
             for step, token in enumerate(sample.completion_ids):
-                embeds = torch.cat(
-                    [
-                        prompt.embeds,
-                        base.get_input_embeddings()(
-                            torch.tensor(sample.completion_ids[:step], dtype=torch.long)
-                        ),
-                    ]
-                )
-                positions = torch.cat([prompt.positions, vlm.response_positions(prompt, step)], 1)[None]
+                before = torch.tensor(sample.completion_ids[:step], dtype=torch.long)
                 with torch.no_grad():
-                    hidden = base.model.language_model(
-                        inputs_embeds=embeds[None], position_ids=vlm.as_rope(positions), use_cache=False
-                    )
+                    response = vlm.respond(prompt, base.get_input_embeddings()(before))
+                    inputs = vlm.decoder_inputs([vlm.join([prompt, response])])
+                    hidden = base.model.language_model(**inputs, use_cache=False)
                     logits = base.lm_head(hidden.last_hidden_state[:, -1])
                 logits[:, vlm.image_ids(model)] = -torch.inf
                 assert rollout._draw(logits, 1.0, 1.0, noise[row : row + 1, step])[0].item() == token

@@ -18,6 +18,7 @@ Deviations and decisions
     python    05_eval.py --zero-shot --out runs/zero-shot     # the base model, one process
     deepspeed 05_eval.py --out runs/test100 --samples 100     # a vote of 100, F1@k
     python    05_eval.py --api --out runs/gpt4o --price 2.5 10 --dry-run             # a server's model
+    python    05_eval.py --api --out runs/gpt4o --retry refusal,length               # ask these again
     python    05_eval.py --predictions runs/test/predictions.jsonl                   # score again, no model
     python    05_eval.py --predictions eega.jsonl --data data/test.json --out runs/eega     # another system
     python    05_eval.py --compare SFT=runs/sft-test JMERE-R1=runs/test --out runs/table1   # Tables 1–3
@@ -27,7 +28,7 @@ Reads:  --data, any of the three formats; without gold it is prediction only
         --predictions, ours, or {"id": "a", "quintuples": [["A", "per", "B", "org", "member of"]]}
 Writes: OUT/predictions.jsonl {"id", "text", "image", "quintuples": gold, "prompt": "reason",
                                "responses": [{"text", "finished"}], "settings": {…}}
-        OUT/quintuples.jsonl  {"id", "quintuples": predicted, after the vote}
+        OUT/quintuples.jsonl  {"id", "quintuples": predicted, after the vote, "made_by"}
         OUT/metrics.json, OUT/report.html (one page that opens from disk)
         OUT/answers.jsonl     every choice an API model gave, append-only
         OUT/compare.md, OUT/compare.json
@@ -39,10 +40,9 @@ from pathlib import Path
 
 import common
 from common import at_least
-from lib import api, compare, controls, data, evaluate, report, scoring, tables
+from lib import api, compare, controls, data, evaluate, predictions, report, scoring, tables
 from lib.check_data import check_data
 from lib.predict_api import predict_api
-from lib.predictions import stored_run
 
 PREDICT = "a model that runs here"  # the modes, as messages call them
 API = "--api"
@@ -181,6 +181,11 @@ def parse_args(argv=None):
         help="of several responses [paper §4; rule ours]",
     )
     group.add_argument("--tau", type=share, help="share that --vote tuple asks for [ours: 0.5]")
+    group.add_argument(
+        "--tau-from",
+        metavar="RUN",
+        help="stored validation predictions: the --tau that is best there [ours: never on test]",
+    )
     group.add_argument("--resamples", type=at_least(10), default=10_000, help="of the bootstrap [ours]")
     group.add_argument("--seed", type=at_least(0), default=0, help="of sampling and bootstrap [ours]")
     group = Group(parser.add_argument_group("scoring of many responses"), SCORING, applies)
@@ -215,14 +220,15 @@ def settle(parser, args):
         args.model = args.model or "gpt-4o-2024-11-20"
     if args.mode == PREDICT and args.temperature is None:
         args.temperature = 0.8
-    if args.temperature is not None and not 0 <= args.temperature < float("inf"):
-        parser.error(f"--temperature {args.temperature}: expected a number, 0 or more")
     if args.samples > 1 and args.temperature == 0:
         parser.error(
             f"--samples {args.samples} with --temperature 0 stores one answer so often: drop one of them"
         )
-    if args.tau and args.vote != "tuple":
-        parser.error("--tau belongs to --vote tuple")
+    for option, value in (("--tau", args.tau), ("--tau-from", args.tau_from)):
+        if value and args.vote != "tuple":
+            parser.error(f"{option} belongs to --vote tuple")
+    if args.tau and args.tau_from:
+        parser.error("--tau-from finds the --tau: leave one of them out")
     args.tau = args.tau or 0.5
     if args.out and Path(args.out).exists() and not Path(args.out).is_dir():
         parser.error(f"--out {args.out}: is a file, expected a folder")
@@ -236,8 +242,6 @@ def settle(parser, args):
         parser.error("--merge-repeats and --skip-bad do not belong to --subset: its tweets are whole")
     if args.subset and not args.data:
         parser.error("--subset needs --data, MNRE's text")
-    if args.limit is not None and args.limit < 1:
-        parser.error(f"--limit {args.limit}: expected at least 1")
 
 
 # -------------------------------------------------------------------------------- main
@@ -279,7 +283,8 @@ def score_run(args, run):
         write_json(out / "metrics.json", metrics)
         rows = []
         for example in run.examples:
-            rows.append({"id": example.id, "quintuples": [list(q) for q in finals.get(example.id, [])]})
+            items = [list(q) for q in finals.get(example.id, [])]
+            rows.append({"id": example.id, "quintuples": items, "made_by": predictions.MADE_BY})
         data.write_atomic(out / "quintuples.jsonl", "".join(map(data.jsonl_line, rows)))
         written = [f"{out}/metrics.json", f"{out}/quintuples.jsonl"]
     if args.report:
@@ -325,12 +330,16 @@ def main(args):
         known, failed = predict_api(args)
         if known is None:  # nothing to score yet
             return None
-    elif args.data:
-        known = controls.load_tweets(args)
+    else:
+        predictions.check_out(args)
+        known = controls.load_tweets(args) if args.data else None
+    if args.tau_from:
+        args.tau = evaluate.best_tau(args.tau_from)
     if args.mode == COMPARE:
         return compare_runs(args, known)
     prompt = args.prompt if args.mode == STORED else None
-    score_run(args, stored_run(args.predictions or args.out, known, args.limit, prompt))
+    run = predictions.stored_run(args.predictions or args.out, known, args.limit, prompt)
+    score_run(args, run)
     return 1 if failed else 0
 
 

@@ -8,7 +8,11 @@ from collections import Counter
 from importlib import metadata
 from pathlib import Path
 
+import common
+from common import InputError
 from lib import controls, limits, predictions, scoring
+
+TAUS = [step / 20 for step in range(1, 21)]  # that best_tau tries
 
 
 def evaluate(args, run):
@@ -63,6 +67,25 @@ def score(args, examples, given, finals):
         full = [given.get(example.id, predictions.unanswered(n)) for example in examples]
         metrics["samples"] = scoring.diversity(full, golds, args)
     return metrics
+
+
+def best_tau(path):
+    """The --tau with the best F1 on stored validation predictions, of equals the middle one. Raises
+    InputError."""
+    run = predictions.stored_run(path)
+    golds = [example.quintuples for example in run.examples]
+    if None in golds:
+        raise InputError(f"--tau-from {path}: has tweets without gold, so no F1")
+    given = [run.predictions[example.id] for example in run.examples]
+    f1 = []
+    for tau in TAUS:
+        preds = [scoring.vote(p.answers, p.parsed, "tuple", tau) for p in given]
+        counts = scoring.match_counts(preds, golds, common.MATCHING[common.HEADLINE])
+        f1.append(common.micro(*counts.sum(0).tolist())["f1"])
+    equals = [tau for tau, score in zip(TAUS, f1, strict=True) if score == max(f1)]
+    best = equals[len(equals) // 2]
+    print(f"--tau {best:g}, the best on {path} (F1 {100 * max(f1):.2f} %)")
+    return best
 
 
 def provenance(args, run):

@@ -23,6 +23,7 @@ def predict(args):
     with contextlib.ExitStack() as stack:
         with ranks.together():
             own_prompt = resolve_model(args)
+            predictions.check_out(args)
             known = controls.load_tweets(args)
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             shown = controls.with_images(known.values(), args.image, args.seed, folder)

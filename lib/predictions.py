@@ -14,7 +14,27 @@ import common
 from common import InputError
 from lib import ask, data
 
+MADE_BY = "05_eval.py"
+
 # -------------------------------------------------------------------------------- write
+
+
+def check_out(args):
+    """Raise InputError where scoring would overwrite in --out what this command reads, or what we did not
+    write. args: out, report, compare, predictions, data, tau_from."""
+    if not args.out:
+        return
+    out = Path(args.out)
+    if args.compare:
+        ours = {out / "compare.json": '"rows": ', out / "compare.md": "ΔF1"}
+        page = out / "compare.html"
+    else:
+        ours = {out / "metrics.json": '"without_prediction": ', out / "quintuples.jsonl": MADE_BY}
+        page = out / "report.html"
+    if args.report:
+        ours[page] = MADE_BY
+    inputs = [args.data, args.tau_from, args.predictions]
+    ask.check_outputs(ours, inputs)
 
 
 def file_hash(*paths):

@@ -1,43 +1,13 @@
 """Pages that open from disk: report.html of one run, compare.html of two. Template and tweets; the figures
 above them are overview.py's."""
 
-import base64
-import io
-import json
-import re
 from collections import Counter
 from pathlib import Path
 
 import common
-from common import InputError
-from lib import compare, data, overview, scoring
+from lib import compare, data, overview, page, scoring
 
 TOP = 3  # most frequent answers shown of many
-
-
-def fill(template, block, title="", figures=""):
-    """The page of lib/`template`: {{TITLE}} as text, {{FIGURES}} as HTML, and {{DATA}} as its one JSON
-    block, which no text in it can leave."""
-    parts = {
-        "TITLE": overview.escaped(title),
-        "FIGURES": figures,
-        "DATA": json.dumps(block).replace("<", "\\u003c"),
-    }
-    page = (Path(__file__).parent / template).read_text(encoding="utf-8")
-    return re.sub(r"\{\{(TITLE|FIGURES|DATA)\}\}", lambda match: parts[match[1]], page)  # in one pass
-
-
-def thumbnail(path, side=480):
-    """The image as a small data URL, or None where it cannot be read: another system's file may come without
-    images."""
-    try:
-        image = data.load_image(path)
-    except InputError:
-        return None
-    image.thumbnail((side, side))
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=75)
-    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 # -------------------------------------------------------------------------------- one run
@@ -69,8 +39,8 @@ def write_report(args, run, finals, metrics):
     orders = [("errors", "most errors first"), ("gold", "most gold first"), ("place", "as in the data")]
     name = Path(args.out).absolute().name
     block = page_block(shown, tags, orders, len(run.examples))
-    page = fill("report.html", block, f"{name}: evaluation", overview.run_page(name, metrics))
-    data.write_atomic(Path(args.out) / "report.html", page)
+    filled = page.fill("report.html", block, f"{name}: evaluation", overview.run_page(name, metrics))
+    data.write_atomic(Path(args.out) / "report.html", filled)
     return sum(row["image"] is not None for row in shown)
 
 
@@ -92,7 +62,7 @@ def shown_tweet(example, answers, tags, keys):
     return {
         "id": example.id,
         "text": example.text,
-        "image": thumbnail(example.image),
+        "image": page.thumbnail(example.image),
         "answers": answers,
         "tags": sorted(tags),
         "keys": keys,
@@ -201,9 +171,8 @@ def write_comparison(args, comparison):
     title = " → ".join(names)
     block = page_block(shown, tags, orders, len(examples))
     figures = overview.comparison_page(title, comparison, {tag: counts[tag] for tag in MEANINGS}, args)
-    data.write_atomic(
-        Path(args.out) / "compare.html", fill("report.html", block, f"{title}: comparison", figures)
-    )
+    filled = page.fill("report.html", block, f"{title}: comparison", figures)
+    data.write_atomic(Path(args.out) / "compare.html", filled)
     return len(shown)
 
 

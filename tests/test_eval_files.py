@@ -341,9 +341,9 @@ def test_out_that_is_a_file_is_refused(tmp_path):
 def test_head_ends_it_quietly(tmp_path):
     answers = [[[A._replace(relation=f"relation {i}")]] for i in range(400)]
     path = stored(tmp_path / "p.jsonl", answers, [[A]] * 400)
-    script = f'"{sys.executable}" "{ROOT / "05_eval.py"}" --predictions "{path}" --out "{tmp_path / "out"}" | head -n 1'
+    command = f'"{sys.executable}" "{ROOT / "05_eval.py"}" --predictions "{path}" --out "{tmp_path / "out"}"'
     done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", script], capture_output=True, text=True, timeout=120
+        ["bash", "-o", "pipefail", "-c", f"{command} | head -n 1"], capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.count("\n") == 1
     assert (tmp_path / "out" / "report.html").exists()  # files come before the screen

@@ -23,7 +23,7 @@ ev = importlib.import_module("05_eval")
 
 FILES = [".lock", "metrics.json", "predictions.jsonl", "quintuples.jsonl", "report.html"]
 
-# -------------------------------------------------------------------------------- predict, with a stand-in for vlm
+# -------------------------------------------------------------------------------- with a stand-in for vlm
 
 
 class FakeRanks:

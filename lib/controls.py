@@ -14,8 +14,8 @@ from lib import data, formats
 IMAGES = ("own", "blank", "shuffled")
 SUBSETS = {  # of MNRE text: what its tweets have in common
     "no-relation": "tweets of which no line has a relation: there is nothing to find",
-    "image-decides": "two tweets of the same text, of which one has a relation and the other, with another image, "
-    "has none",
+    "image-decides": "two tweets of the same text, of which one has a relation and the other, with another "
+    "image, has none",
 }
 GREY = (128, 128, 128)
 

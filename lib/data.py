@@ -238,8 +238,8 @@ def merged(path, examples):
         if len(group) > 1 and any("cot" in example.row for example in group):
             ids = ", ".join(example.id for example in group)
             raise InputError(
-                f"{path}: --merge-repeats would join {ids}, whose chains ('cot') explain their own quintuples "
-                "alone: join them in 01_distill.py"
+                f"{path}: --merge-repeats would join {ids}, whose chains ('cot') explain their own "
+                "quintuples alone: join them in 01_distill.py"
             )
         gold = [q for example in group for q in example.quintuples or ()]
         quintuples = None if first.quintuples is None else tuple(dict.fromkeys(gold))

@@ -1,12 +1,15 @@
 """Base + adapter → one model, for servers; proved equal before it is kept."""
 
 import json
+import re
 import shutil
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 import common
@@ -42,7 +45,9 @@ def merge_adapter(name, adapter, out):
         raise InputError(f"{out}: exists already: choose another folder for the merged model")
     dtype = AutoConfig.from_pretrained(name).dtype or torch.float32
     tolerance = TOLERANCE.get(dtype, 5e-2)
-    model, processor = vlm.load(name, dtype)
+    recipe = lora.read_recipe(adapter)
+    processor = vlm.load_processor(name, recipe.min_pixels, recipe.max_pixels)
+    model, _ = vlm.load(name, dtype, processor=processor)
     model = lora.load_adapter(model, adapter)
     prompt = probe_prompt(model, processor)
     wanted = logits(model, prompt)
@@ -55,9 +60,9 @@ def merge_adapter(name, adapter, out):
     fresh = out.with_name(f".{out.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     model.merge_and_unload().save_pretrained(fresh)
+    published_layout(fresh)
     processor.save_pretrained(fresh)
-    recipe = {"prompt": lora.read_recipe(adapter).prompt, "base": str(name)}
-    (fresh / "jmere.json").write_text(json.dumps(recipe) + "\n")
+    (fresh / "jmere.json").write_text(json.dumps(asdict(recipe) | {"base": str(name)}) + "\n")
     merged, _ = vlm.load(str(fresh), dtype)
     difference = distance(logits(merged, prompt), wanted)
     if not difference <= tolerance:
@@ -68,6 +73,34 @@ def merge_adapter(name, adapter, out):
     fresh.rename(out)
     name = str(dtype).removeprefix("torch.")
     return {"difference": difference, "effect": effect, "tolerance": tolerance, "dtype": name}
+
+
+def published_layout(folder):
+    """Name the tensors of LLaVA's vision tower as the hub has them, and as servers read them: transformers 5
+    leaves `vision_model.` out when it writes, and takes both when it reads."""
+    vision = getattr(AutoConfig.from_pretrained(folder), "vision_config", None)
+    if getattr(vision, "model_type", None) != "clip_vision_model":
+        return
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        renamed = {published_key(key): tensor for key, tensor in tensors.items()}
+        save_file(renamed, path, metadata={"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        content = json.loads(index.read_text())
+        places = content["weight_map"].items()
+        content["weight_map"] = {published_key(key): name for key, name in places}
+        index.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def published_key(key):
+    """
+    >>> published_key("vision_tower.embeddings.class_embedding")
+    'vision_tower.vision_model.embeddings.class_embedding'
+    >>> published_key("vision_tower.vision_model.embeddings.class_embedding")
+    'vision_tower.vision_model.embeddings.class_embedding'
+    """
+    return re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", key)
 
 
 def probe_prompt(model, processor):

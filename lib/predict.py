@@ -35,15 +35,15 @@ def predict(args):
             raise fault
         stored = predictions.stored_offsets(out, known, settings)
         ranks.barrier()
-        todo = [example for example in shown[: args.limit] if example.id not in stored]
+        shown = shown[: args.limit]
+        done = sum(example.id in stored for example in shown)
         if ranks.main:
             if own_prompt and args.prompt != own_prompt:
                 print(f"note: the adapter was trained with the {own_prompt} prompt, --prompt overrides it")
-            wanted = len(shown[: args.limit])
             what = f"{args.samples} responses each, {args.prompt} prompt, {settings['dtype']}"
-            print(f"{wanted} tweets, {wanted - len(todo)} stored already, {what}", flush=True)
-        if todo:
-            generate(args, ranks, todo, known, settings)
+            print(f"{len(shown)} tweets, {done} stored already, {what}", flush=True)
+        if done < len(shown):
+            generate(args, ranks, shown, stored, known, settings)
         ranks.barrier()
         if ranks.main:
             predictions.gather_parts(out, known, settings)
@@ -116,39 +116,48 @@ def prompt_size(example):
         return image.width * image.height // 784 + len(example.text) // 4
 
 
-def generate(args, ranks, todo, known, settings):
-    """Append --samples responses for each tweet of `todo` to this rank's own file, longest prompts first:
-    memory runs out at the start or never.
-
-    todo: with the images to be shown; known: {id: Example} with their own, which are stored.
-    """
-    template = common.PROMPTS[args.prompt]
+def load_model(args, ranks, shown, dtype):
+    """→ (model, processor, the tweets it can take), proved on one of them: nothing is stored before."""
     with ranks.together():
         processor = vlm.load_processor(args.model, args.min_pixels, args.max_pixels)
-    todo, _ = checks.usable(todo, processor, args, ranks)
+    usable, _ = checks.usable(shown, processor, args, ranks)
     with ranks.together():
-        model, _ = vlm.load(args.model, vlm.DTYPES[settings["dtype"]], ranks.device, processor)
+        model, _ = vlm.load(args.model, vlm.DTYPES[dtype], ranks.device, processor)
         if args.adapter:
             model = lora.load_adapter(model, args.adapter)
-    checks.prove(model, processor, todo[0], args, ranks)
+    checks.prove(model, processor, usable[0], args, ranks)
+    return model, processor, usable
+
+
+def generate(args, ranks, shown, stored, known, settings):
+    """Append --samples responses for each tweet that is not `stored` to this rank's own file, longest
+    prompts first: memory runs out at the start or never.
+
+    shown: with the images to be shown; known: {id: Example} with their own, which are stored.
+    """
+    model, processor, usable = load_model(args, ranks, shown, settings["dtype"])
+    todo = [example for example in usable if example.id not in stored]
     mine = sorted(todo, key=prompt_size, reverse=True)[ranks.rank :: ranks.world]
     path = Path(args.out) / f"predictions.rank{ranks.rank}.jsonl"
-    size = max(1, args.batch_rows // args.samples)
+    template = common.PROMPTS[args.prompt]
+    rows = args.batch_rows  # responses at once; fewer where a GPU has no room for them
     hidden = None if ranks.main else True
+    done = 0
     with ask.AppendFile(path) as file, tqdm(total=len(mine), unit="tweet", disable=hidden) as bar:
-        for start in range(0, len(mine), size):
-            batch = mine[start : start + size]
-            groups = rollout.generate(
+        while done < len(mine):
+            batch = mine[done : done + max(1, rows // args.samples)]
+            items = [(template.format(text=example.text), example.image) for example in batch]
+            groups, rows = rollout.sample_in_parts(
                 model,
                 processor,
-                [(template.format(text=example.text), example.image) for example in batch],
+                vlm.encode(model, processor, items),
                 args.samples,
-                max_new_tokens=args.max_new_tokens,
-                temperature=args.temperature,
-                top_p=args.top_p,
+                args.max_new_tokens,
+                args.temperature,
+                rows,
                 # the same answers whatever the batch, the ranks or --limit
                 keys=[(args.seed, example.id) for example in batch],
-                batch_rows=args.batch_rows,
+                top_p=args.top_p,
                 static=args.static_cache,
             )
             for example, samples in zip(batch, groups, strict=True):
@@ -156,6 +165,7 @@ def generate(args, ranks, todo, known, settings):
                 row |= {"prompt": args.prompt, "responses": [stored_response(sample) for sample in samples]}
                 row |= {"settings": settings, "source": source(args), "key": example.id, "usage": None}
                 file.append([row])
+            done += len(batch)
             bar.update(len(batch))
 
 

@@ -9,6 +9,7 @@ from fake_openai import FakeOpenAI
 from PIL import Image
 
 import common
+from lib import predict_api
 
 KEY = {"OPENAI_API_KEY": "sk-x"}
 
@@ -124,3 +125,52 @@ def test_an_unusable_picture_is_found_before_any_call(tweets, tmp_path):
         done = run(*ask(server, tweets, tmp_path / "run"), "--skip-bad", **KEY)
         assert done.returncode == 0 and len(server.requests) == 2
     assert "2 without a prediction (counted as empty)" in done.stdout
+
+
+def test_what_was_refused_is_asked_again(tweets, tmp_path):
+    """--retry: the refusal gives way to the new answer, and stays paid for in answers.jsonl."""
+    out = tmp_path / "run"
+    with FakeOpenAI(model) as server:
+        assert run(*ask(server, tweets, out), "--samples", "2", **KEY).returncode == 0
+    with FakeOpenAI(lambda body, prompt: [common.format_answer([A])] * body.get("n", 1)) as server:
+        command = [*ask(server, tweets, out), "--samples", "2", "--retry", "refusal,unparsed"]
+        dry = run(*command, "--dry-run")
+        assert "1 calls (3 answered already)" in dry.stdout and not server.requests
+        assert run(*command, **KEY).returncode == 0
+        assert [request["body"]["n"] for request in server.requests] == [2]
+        assert run(*ask(server, tweets, out), "--samples", "2", **KEY).returncode == 0
+        assert len(server.requests) == 1
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["responses"]["responses"] == 8 and metrics["responses"]["unparsed"] == 0
+    assert metrics["scores"]["jmere"]["f1"] == 1.0
+    assert len((out / "answers.jsonl").read_text().splitlines()) == 10
+
+
+@pytest.mark.parametrize(
+    "given, samples, expected",
+    [("xy", 2, "xy"), ("-x", 1, "x"), ("-xy", 1, "-xy"), ("--x", 2, "-x"), ("-", 1, "-"), ("x-y", 2, "xy")],
+)
+def test_answers_that_count(given, samples, expected):
+    rows = [{"candidate": place, "text": text} for place, text in enumerate(given)]
+    counted = predict_api.counted(rows, samples, lambda row: row["text"] != "-")
+    assert "".join(row["text"] for row in counted) == expected
+
+
+def test_headers_and_the_name_of_the_key(tweets, tmp_path):
+    with FakeOpenAI(model) as server:
+        command = [*ask(server, tweets, tmp_path / "run"), "--key-env", "MINE", "--header", "x-team=a"]
+        assert run(*command, MINE="sk-mine").returncode == 0
+        headers = server.requests[0]["headers"]
+    assert headers["authorization"] == "Bearer sk-mine" and headers["x-team"] == "a"
+    assert "sk-mine" not in (tmp_path / "run" / "predictions.jsonl").read_text()
+
+
+def test_a_file_of_the_users_is_not_written_over(tweets, tmp_path):
+    with FakeOpenAI(model) as server:
+        for name in ("metrics.json", "report.html", "quintuples.jsonl", "answers.jsonl"):
+            out = tmp_path / name
+            path = write(out / name, [{"id": "t0", "quintuples": []}])
+            done = run(*ask(server, tweets, out), **KEY)
+            assert done.returncode == 2 and name in done.stderr, done.stderr
+            assert path.read_text() == '{"id": "t0", "quintuples": []}\n'
+        assert not server.requests

@@ -3,13 +3,14 @@ exit codes."""
 
 import importlib
 import json
+import re
 import random
 import subprocess
 import sys
 
 import pytest
 from conftest import DATA, ROOT, needs_data
-from eval_cases import GOLD, A, B, q, respond, run, stored, stored_row, write
+from eval_cases import GOLD, A, B, C, q, respond, run, stored, stored_row, write
 
 import common
 from lib import data, predictions, tables
@@ -171,6 +172,23 @@ def test_diversity_by_hand(tmp_path):
     assert many["f1_at_k"][3] == [4, pytest.approx(0.8), None]  # all four are one subset: no deviation
     assert many["f1_at_k"][1][2] > 0
     assert "best of 4 (oracle) 100.00" in done.stdout and "all 4 responses are one subset" in done.stdout
+
+
+def test_tau_is_found_on_other_tweets(tmp_path):
+    """On validation A stands in 3 of 5 responses and is right, B in 2 and is wrong: any τ above 0.4 up to
+    0.6 is best there, 0.45 to 0.6 in steps of 0.05, and of these four the third."""
+    votes = [[[A, B], [A, B], [A], [C], []]]
+    validation = stored(tmp_path / "val.jsonl", votes, [[A]])
+    test = stored(tmp_path / "test.jsonl", votes, [[A, B]])
+    done = run("--predictions", test, "--vote", "tuple", "--tau-from", validation)
+    assert f"--tau 0.55, the best on {validation} (F1 100.00 %)" in done.stdout
+    assert re.search(r"JMERE +100.00 +50.00 +66.67 ", done.stdout)
+    for wrong, message in (
+        (["--tau-from", validation], "--tau-from belongs to --vote tuple"),
+        (["--vote", "tuple", "--tau", "0.3", "--tau-from", validation], "leave one of them out"),
+    ):
+        done = run("--predictions", test, *wrong)
+        assert done.returncode == 2 and message in done.stderr
 
 
 def test_other_gold_than_the_data_has_is_said(tmp_path):
@@ -342,9 +360,8 @@ def test_head_ends_it_quietly(tmp_path):
     answers = [[[A._replace(relation=f"relation {i}")]] for i in range(400)]
     path = stored(tmp_path / "p.jsonl", answers, [[A]] * 400)
     command = f'"{sys.executable}" "{ROOT / "05_eval.py"}" --predictions "{path}" --out "{tmp_path / "out"}"'
-    done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", f"{command} | head -n 1"], capture_output=True, text=True, timeout=120
-    )
+    shell = ["bash", "-o", "pipefail", "-c", f"{command} | head -n 1"]
+    done = subprocess.run(shell, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.count("\n") == 1
     assert (tmp_path / "out" / "report.html").exists()  # files come before the screen
 

@@ -15,6 +15,7 @@ import torch
 from conftest import ARCHITECTURES, run_script
 from eval_cases import GOLD, respond, run, write
 from PIL import Image
+from safetensors import safe_open
 
 import common
 from lib import ask, controls, data, predict
@@ -59,10 +60,10 @@ class FakeVlm(types.SimpleNamespace):
     DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
     DEFAULT_MODEL = "paper's"
 
-    def __init__(self, ranks=(0,), dies_at=None, own="reason"):
+    def __init__(self, ranks=(0,), dies_at=None, own="reason", room=1000):
         meeting = threading.Barrier(len(ranks), timeout=60)
         values = [None] * len(ranks)
-        super().__init__(dies_at=dies_at, own=own, items=[], loaded=[], calls=[], proved=[])
+        super().__init__(dies_at=dies_at, own=own, room=room, items=[], loaded=[], calls=[], proved=[])
         self.ranks = iter([FakeRanks(rank, values, meeting) for rank in ranks])
 
     def setup(self):
@@ -99,8 +100,11 @@ class FakeVlm(types.SimpleNamespace):
     def prove(self, model, processor, example, args, ranks):
         self.proved.append(example.id)
 
-    def generate(
-        self, model, processor, items, n, max_new_tokens, temperature, top_p, keys, batch_rows, static
+    def encode(self, model, processor, items):
+        return items
+
+    def sample_in_parts(
+        self, model, processor, items, n, max_new_tokens, temperature, rows, keys, top_p, static
     ):
         settings = {"n": n, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
         self.calls.append({**settings, "rows": len(items) * n})
@@ -111,7 +115,7 @@ class FakeVlm(types.SimpleNamespace):
         for key in keys:
             text = respond(common.format_answer([GOLD]), think=f"key {key}")
             groups.append([types.SimpleNamespace(text=text, completion_ids=[1, 2], finished=True)] * n)
-        return groups
+        return groups, min(rows, self.room)
 
 
 @pytest.fixture
@@ -281,7 +285,7 @@ def test_tweets_without_gold_are_predicted_and_not_scored(monkeypatch, tweets, t
     evaluate(monkeypatch, FakeVlm(), write(tmp_path / "plain.jsonl", rows), tmp_path / "run")
     assert "6 quintuples predicted; no gold, so no score" in capsys.readouterr().out
     answer = next(data.read_jsonl(tmp_path / "run" / "quintuples.jsonl"))[1]
-    assert answer == {"id": "t0", "quintuples": [list(GOLD)]}
+    assert answer == {"id": "t0", "quintuples": [list(GOLD)], "made_by": "05_eval.py"}
     assert "scores" not in json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert (
         ev.main(
@@ -303,6 +307,20 @@ def test_a_bad_image_is_found_before_the_model_is_loaded(monkeypatch, tweets, tm
     vlm = evaluate(monkeypatch, FakeVlm(), tweets, tmp_path / "run", "--skip-bad")
     assert len(vlm.items) == 5
     assert "1 without a prediction (counted as empty)" in capsys.readouterr().out  # not left out of the score
+
+
+def test_a_run_without_its_bad_images_is_done(monkeypatch, tweets, tmp_path, capsys):
+    """Once more, it has nothing to do: the tweet that no model can take is no fault of --skip-bad."""
+    (tmp_path / "280.png").write_bytes(b"no image")
+    evaluate(monkeypatch, FakeVlm(), tweets, tmp_path / "run", "--skip-bad")
+    vlm = evaluate(monkeypatch, FakeVlm(), tweets, tmp_path / "run", "--skip-bad")
+    assert vlm.items == [] and "6 tweets, 5 stored already" in capsys.readouterr().out
+
+
+def test_rows_that_did_not_fit_are_not_tried_again(monkeypatch, tweets, tmp_path):
+    """rollout.sample_in_parts tells how many responses had room: later batches are so small at once."""
+    vlm = evaluate(monkeypatch, FakeVlm(room=1), tweets, tmp_path / "run", "--batch-rows", "4")
+    assert [call["rows"] for call in vlm.calls] == [4, 1, 1]
 
 
 def test_a_second_run_on_the_same_out_is_refused(monkeypatch, tweets, tmp_path, capsys):
@@ -440,6 +458,26 @@ def test_a_real_model_predicts_the_same_on_any_number_of_ranks(tiny, world, tmp_
     another = tiny(next(name for name in ARCHITECTURES if name != architecture))
     code, _, error = run_script(*command, "--out", tmp_path / "three", "--model", another, fails=True)
     assert code == 2 and "other weights than" in error
+
+
+def test_merged_llava_has_the_names_of_the_hub(tiny, tmp_path):
+    """In shards with their index, too; and it still is the same model."""
+    from lib import merge, vlm
+
+    model, _ = vlm.load(tiny("llava"))
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    merge.published_layout(tmp_path)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    held = {}
+    for path in tmp_path.glob("*.safetensors"):
+        with safe_open(path, "pt") as stored:
+            held |= dict.fromkeys(stored.keys(), path.name)
+    assert held == index
+    vision = [key for key in held if "vision_tower" in key]
+    assert vision and all("vision_tower.vision_model." in key for key in vision)
+    again = type(model).from_pretrained(tmp_path, dtype=model.dtype).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_a_bare_command_runs(tiny, world, tmp_path):

@@ -27,7 +27,8 @@ def ceiling(golds, tweets):
     rows = Counter(tweets.tolist())
     held = Counter()  # (tweet, quintuple): rows that hold it
     for tweet, gold in zip(tweets.tolist(), golds, strict=True):
-        held.update((tweet, q) for q in set(gold))
+        for q in set(gold):
+            held[tweet, q] += 1
     gold = held.total()
     best = 0.0
     f1 = -1.0
@@ -40,8 +41,15 @@ def ceiling(golds, tweets):
                 tp += k
                 pred += rows[tweet]
         best = common.micro(tp, pred, gold)["f1"]
-    repeated = {tweet for (tweet, _), k in held.items() if k < rows[tweet]}
-    return {"f1": best, "tweets": len(repeated), "rows": sum(rows[tweet] for tweet in repeated)}
+    repeated = set()
+    for (tweet, _), k in held.items():
+        if k < rows[tweet]:
+            repeated.add(tweet)
+    return {
+        "f1": best,
+        "tweets": len(repeated),
+        "rows": sum(rows[tweet] for tweet in repeated),
+    }
 
 
 def influence(examples, counts, tweets):
@@ -60,7 +68,7 @@ def influence(examples, counts, tweets):
     missed = f1_of(rest + np.hstack([nothing, nothing, gold]))
     outcomes = np.stack([without, right, missed])
     tweet = int(np.ptp(outcomes, axis=0).argmax())
-    ids = [example.id for example, number in zip(examples, tweets.tolist(), strict=True) if number == tweet]
+    ids = [examples[place].id for place in np.flatnonzero(tweets == tweet)]
     return {
         "ids": ids,
         "gold": int(gold[tweet, 0]),

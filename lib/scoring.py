@@ -52,15 +52,26 @@ def vote(answers, parsed, how="set", tau=0.5):
     >>> vote([("a",), ("b",), ("a", "c")], [1, 1, 1], "tuple", 0.5)
     ['a']
     """
-    read = [frozenset(answer) if ok else None for answer, ok in zip(answers, parsed, strict=True)]
+    read = readable_sets(answers, parsed)
     winner = frozenset()
     for chosen in running_votes(read, range(len(read)), how, tau):
         winner = chosen
     if how != "tuple":  # in the order of the first answer that says so
         place = read.index(winner) if winner in read else None
         return [] if place is None else distinct(answers[place])
-    voted = [q for answer, ok in zip(answers, parsed, strict=True) if ok for q in answer]
+    voted = []
+    for answer, readable in zip(answers, read, strict=True):
+        if readable is not None:
+            voted += answer
     return [q for q in distinct(voted) if q in winner]
+
+
+def readable_sets(answers, parsed):
+    """Answers as frozensets, None for those that could not be read."""
+    sets = []
+    for answer, readable in zip(answers, parsed, strict=True):
+        sets.append(frozenset(answer) if readable else None)
+    return sets
 
 
 def running_votes(answers, order, how="set", tau=0.5):
@@ -197,9 +208,16 @@ def per_label(preds, golds):
         for what, group in (("tp", pred & gold), ("pred", pred), ("gold", gold)):
             for q in group:
                 counts[label_of(q)][what] += 1
-    order = sorted(counts, key=lambda name: (-counts[name]["gold"], -counts[name]["pred"], name))
-    order.sort(key=lambda name: name == OUTSIDE)
-    return {name: common.micro(*(counts[name][what] for what in ("tp", "pred", "gold"))) for name in order}
+
+    def place(name):
+        count = counts[name]
+        return name == OUTSIDE, -count["gold"], -count["pred"], name
+
+    result = {}
+    for name in sorted(counts, key=place):
+        count = counts[name]
+        result[name] = common.micro(count["tp"], count["pred"], count["gold"])
+    return result
 
 
 def per_component(preds, golds):
@@ -208,26 +226,30 @@ def per_component(preds, golds):
     Predicted and gold quintuples of a tweet are paired one to one so that most fields are equal.
     """
     right = Counter()
-    pairs = zip(map(distinct, preds), map(distinct, golds), strict=True)
-    totals = [0, 0]
-    for pred, gold in pairs:
-        totals[0] += len(pred)
-        totals[1] += len(gold)
+    predicted = 0
+    wanted = 0
+    for pred, gold in zip(preds, golds, strict=True):
+        pred = distinct(pred)
+        gold = distinct(gold)
+        predicted += len(pred)
+        wanted += len(gold)
         for i, j in common.best_pairs(pred, gold):
-            for name, found, wanted in zip(common.Quintuple._fields, pred[i], gold[j], strict=True):
-                right[name] += found == wanted
-    return {name: common.micro(right[name], *totals) for name in common.Quintuple._fields}
+            for name in common.Quintuple._fields:
+                right[name] += getattr(pred[i], name) == getattr(gold[j], name)
+    return {name: common.micro(right[name], predicted, wanted) for name in common.Quintuple._fields}
 
 
 def per_size(preds, golds):
     """{number of gold quintuples: examples, micro scores}."""
     counts = match_counts(preds, golds, set)
-    sizes = np.array([min(len(set(gold)), len(SIZES) - 1) for gold in golds])
+    largest = len(SIZES) - 1
+    sizes = np.minimum(counts[:, 2], largest)
     result = {}
     for size, name in enumerate(SIZES):
         here = sizes == size
         if here.any():
-            result[name] = {"examples": int(here.sum())} | common.micro(*counts[here].sum(0).tolist())
+            totals = counts[here].sum(0).tolist()
+            result[name] = {"examples": int(here.sum())} | common.micro(*totals)
     return result
 
 
@@ -243,7 +265,9 @@ def overlap(a, b):
     """Whether two entity texts share a word, or one lies within the other; case does not count."""
     a = a.casefold()
     b = b.casefold()
-    return a in b or b in a or not set(a.split()).isdisjoint(b.split())
+    if a in b or b in a:
+        return True
+    return bool(set(a.split()) & set(b.split()))
 
 
 def compare_items(pred, gold):
@@ -287,16 +311,16 @@ def classify(pred, gold, parsed=True):
                 equal, kind = fit
                 links.append((-equal, i, j, kind))
     errors = []
-    paired_wrong = set()
-    paired_missed = set()
+    lone_wrong = dict(enumerate(wrong))
+    lone_missed = dict(enumerate(missed))
     for _, i, j, kind in sorted(links):
-        if i not in paired_wrong and j not in paired_missed:
-            errors.append((kind, wrong[i], missed[j]))
-            paired_wrong.add(i)
-            paired_missed.add(j)
-    errors += [("spurious", q, None) for i, q in enumerate(wrong) if i not in paired_wrong]
-    absent = "missing" if parsed else "unparsed"
-    return errors + [(absent, None, q) for j, q in enumerate(missed) if j not in paired_missed]
+        if i in lone_wrong and j in lone_missed:
+            errors.append((kind, lone_wrong.pop(i), lone_missed.pop(j)))
+    for q in lone_wrong.values():
+        errors.append(("spurious", q, None))
+    for q in lone_missed.values():
+        errors.append(("missing" if parsed else "unparsed", None, q))
+    return errors
 
 
 def count_errors(preds, golds, parsed):
@@ -326,15 +350,16 @@ def f1_at_k(preds, golds, how="set", tau=0.5, subsets=20, seed=0):
     tp = np.zeros((subsets, n), int)
     predicted = np.zeros((subsets, n), int)
     for p, gold in zip(preds, golds, strict=True):
-        pairs = zip(p.answers[:n], p.parsed[:n], strict=True)
-        answers = [frozenset(answer) if ok else None for answer, ok in pairs]
+        answers = readable_sets(p.answers[:n], p.parsed[:n])
         gold = set(gold)
-        orders = rng.permuted(np.tile(np.arange(n), (subsets, 1)), axis=1)  # [S, K]
+        places = np.tile(np.arange(n), (subsets, 1))
+        orders = rng.permuted(places, axis=1)  # [S, K]
         for s, order in enumerate(orders.tolist()):
             for k, chosen in enumerate(running_votes(answers, order, how, tau)):
                 tp[s, k] += len(chosen & gold)
                 predicted[s, k] += len(chosen)
-    return 2 * tp / np.maximum(predicted + sum(len(set(gold)) for gold in golds), 1)
+    wanted = sum(len(set(gold)) for gold in golds)
+    return 2 * tp / np.maximum(predicted + wanted, 1)
 
 
 def diversity(preds, golds, args):
@@ -342,23 +367,30 @@ def diversity(preds, golds, args):
     reasoning paths. args: vote, tau, subsets, seed."""
     curve = f1_at_k(preds, golds, args.vote, args.tau, args.subsets, args.seed)  # [S, K]
     n = curve.shape[1]
-    counts = np.stack(
-        [match_counts([p.answers[i] for p in preds], golds, set) for i in range(n)]
-    )  # [K, N, 3]
+    counts = []
+    for i in range(n):
+        single = [p.answers[i] for p in preds]
+        counts.append(match_counts(single, golds, set))
+    counts = np.stack(counts)  # [K, N, 3]
     tp, pred, gold = np.moveaxis(counts, 2, 0)  # each [K, N]
-    f1 = np.where(pred + gold > 0, 2 * tp / np.maximum(pred + gold, 1), 1)
+    size = pred + gold
+    f1 = np.where(size > 0, 2 * tp / np.maximum(size, 1), 1)
     best = counts[f1.argmax(0), np.arange(len(preds))]  # [N, 3]
-    single = [common.micro(*total)["f1"] for total in counts.sum(1).tolist()]
-    distinct = [len({frozenset(a) for a, ok in zip(p.answers, p.parsed, strict=True) if ok}) for p in preds]
+    single_f1 = micro_shares(counts.sum(1))[2]  # [K]
+    distinct_answers = []
+    for p in preds:
+        answers = set(readable_sets(p.answers, p.parsed))
+        distinct_answers.append(len(answers - {None}))
     deviations = [*curve.std(0).tolist()[:-1], None]  # all K responses are one subset: nothing to deviate
-    points = zip(curve.mean(0).tolist(), deviations, strict=True)
+    ks = range(1, n + 1)
+    points = zip(ks, curve.mean(0).tolist(), deviations, strict=True)
     return {
         "n": n,
         "subsets": args.subsets,
-        "f1_at_k": [[k, mean, std] for k, (mean, std) in enumerate(points, 1)],
-        "single_mean": float(np.mean(single)),
-        "single_std": float(np.std(single)),
+        "f1_at_k": [list(point) for point in points],
+        "single_mean": float(np.mean(single_f1)),
+        "single_std": float(np.std(single_f1)),
         "best_of_n": common.micro(*best.sum(0).tolist())["f1"],
         "distinct_paths": float(np.mean([p.paths for p in preds])),
-        "distinct_answers": float(np.mean(distinct)),
+        "distinct_answers": float(np.mean(distinct_answers)),
     }

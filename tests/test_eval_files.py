@@ -3,8 +3,8 @@ exit codes."""
 
 import importlib
 import json
-import re
 import random
+import re
 import subprocess
 import sys
 

@@ -13,13 +13,17 @@ class Markup(str):
 
 
 def escaped(child):
-    return child if isinstance(child, Markup) else html.escape(str(child))
+    if isinstance(child, Markup):
+        return child
+    return html.escape(str(child))
 
 
 def element(tag, attributes=None, *children):
     """<tag …>children</tag>; None and "" among the children are left out, lists are opened."""
-    named = [f' {name}="{html.escape(str(value))}"' for name, value in (attributes or {}).items()]
-    return Markup(f"<{tag}{''.join(named)}>{joined(children)}</{tag}>")
+    named = ""
+    for name, value in (attributes or {}).items():
+        named += f' {name}="{html.escape(str(value))}"'
+    return Markup(f"<{tag}{named}>{joined(children)}</{tag}>")
 
 
 def joined(children):
@@ -37,8 +41,20 @@ def div(name, *children):
     return element("div", {"class": name}, *children)
 
 
+def span(name, *children):
+    return element("span", {"class": name}, *children)
+
+
+def paragraph(name, *children):
+    return element("p", {"class": name}, *children)
+
+
+def card(name, *children):
+    return element("section", {"class": f"card {name}"}, *children)
+
+
 def small(*children):
-    return element("span", {"class": "soft small"}, *children)
+    return span("soft small", *children)
 
 
 def isolated(text):
@@ -52,22 +68,33 @@ def percent(share, digits=1):
 
 def figure(title, note, *content):
     """A card: title, a line on how to read it, what it shows."""
-    note = element("p", {"class": "soft small"}, note) if note else None
-    return element("section", {"class": "card"}, element("h3", {}, title), note, *content)
+    title = element("h3", {}, title)
+    if note:
+        note = paragraph("soft small", note)
+    return card("", title, note, *content)
 
 
 def table(header, rows, name="table"):
     """Rows of cells; the first column is text. name: for screen readers."""
-    head = element("tr", {}, *(element("th", {"scope": "col"}, cell) for cell in header))
-    body = [element("tr", {}, *(element("td", {}, cell) for cell in row)) for row in rows]
-    grid = element("table", {}, element("thead", {}, head), element("tbody", {}, *body))
-    return element("div", {"class": "scroll", "tabindex": 0, "role": "group", "aria-label": name}, grid)
+    titles = [element("th", {"scope": "col"}, cell) for cell in header]
+    head = element("thead", {}, element("tr", {}, titles))
+    body = []
+    for row in rows:
+        cells = [element("td", {}, cell) for cell in row]
+        body.append(element("tr", {}, cells))
+    grid = element("table", {}, head, element("tbody", {}, body))
+    attributes = {"class": "scroll", "tabindex": 0, "role": "group", "aria-label": name}
+    return element("div", attributes, grid)
 
 
 def track(share, colour="accent", *more):
     """A bar of `share` of the width."""
-    style = f"width: {percent(share, 2)}%; background: var(--{colour})"
-    return div("track", element("div", {"class": "fill", "style": style}), *more)
+    return div("track", fill(percent(share, 2), colour), *more)
+
+
+def fill(width, colour):
+    style = f"width: {width}%; background: var(--{colour})"
+    return element("div", {"class": "fill", "style": style})
 
 
 def whisker(low, high):
@@ -80,19 +107,20 @@ def bars(rows):
     """rows: (name, share of the width, value, colour, [whisker …])."""
     cells = []
     for name, share, value, colour, more in rows:
-        cells += [
-            div("name ours" if more else "name", name),
-            track(share, colour, *more),
-            div("value", value),
-        ]
+        cells.append(div("name ours" if more else "name", name))
+        cells.append(track(share, colour, *more))
+        cells.append(div("value", value))
     return div("bars", *cells)
 
 
 def diverging(header, rows):
     """Two counts a row, to the left and to the right. header: (left, right); rows: (name, colour, left
     count, right count, meaning)."""
-    most = max((max(left, right) for _, _, left, right, _ in rows), default=0) or 1
-    cells = [div("name"), div("head left", header[0]), div("head", header[1])]
+    most = 1
+    for _, _, left, right, _ in rows:
+        most = max(most, left, right)
+    before, after = header
+    cells = [div("name"), div("head left", before), div("head", after)]
     for name, colour, left, right, meaning in rows:
         cells.append(div("name", dot(colour), name))
         cells.append(side(left, most, colour, "left"))
@@ -103,12 +131,12 @@ def diverging(header, rows):
 
 def side(count, most, colour, where):
     """Half a row of `diverging`: a bar that grows away from the middle, with its count beyond its end."""
-    share = 72 * count / most
-    style = f"width: {share:.1f}%; background: var(--{colour})"
-    fill = element("div", {"class": "fill", "style": style}) if count else None
+    share = f"{72 * count / most:.1f}"
+    bar = fill(share, colour) if count else None
     towards = "right" if where == "left" else "left"
-    label = element("span", {"class": "count", "style": f"{towards}: calc({share:.1f}% + 7px)"}, count)
-    return div(f"track {where}", fill, label)
+    style = f"{towards}: calc({share}% + 7px)"
+    label = element("span", {"class": "count", "style": style}, count)
+    return div(f"track {where}", bar, label)
 
 
 def dot(colour):
@@ -124,36 +152,44 @@ STEPS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 def curve(points, label):
     """SVG of a curve with a band. points: [(x, y, deviation or None)], x rising, y a share."""
-    last = points[-1][0]
-    low = min(y - (deviation or 0) for _, y, deviation in points)
-    high = max(y + (deviation or 0) for _, y, deviation in points)
+    last, _, _ = points[-1]
+    bands = [(x, y - (deviation or 0), y + (deviation or 0)) for x, y, deviation in points]
+    low = min(bottom for _, bottom, _ in bands)
+    high = max(top for _, _, top in bands)
     margin = max((high - low) * 0.15, 0.005)
     low = max(0.0, low - margin)
     high = min(1.0, high + margin)
 
     def place_x(x):
-        share = 0.5 if last == 1 else (x - 1) / (last - 1)
-        return LEFT + (WIDTH - LEFT - RIGHT) * share
+        if last == 1:
+            return WIDTH / 2
+        return LEFT + (WIDTH - LEFT - RIGHT) * (x - 1) / (last - 1)
 
     def place_y(y):
-        return TOP + (HEIGHT - TOP - BOTTOM) * (1 - (y - low) / (high - low))
+        share = (y - low) / (high - low)
+        return TOP + (HEIGHT - TOP - BOTTOM) * (1 - share)
 
-    upper = [f"{place_x(x):.1f},{place_y(y + (d or 0)):.1f}" for x, y, d in points]
-    lower = [f"{place_x(x):.1f},{place_y(y - (d or 0)):.1f}" for x, y, d in reversed(points)]
-    line = [f"{place_x(x):.1f},{place_y(y):.1f}" for x, y, _ in points]
+    def place(x, y):
+        return f"{place_x(x):.1f},{place_y(y):.1f}"
+
+    upper = [place(x, top) for x, _, top in bands]
+    lower = [place(x, bottom) for x, bottom, _ in reversed(bands)]
+    band = " ".join(upper + lower)
+    line = " ".join(place(x, y) for x, y, _ in points)
     marks = []
     for x, y, deviation in points:
         spread = f" ± {percent(deviation, 2)}" if deviation is not None else ""
         title = element("title", {}, f"k = {x}: {percent(y, 2)}{spread} %")
-        centre = {"class": "point", "cx": f"{place_x(x):.1f}", "cy": f"{place_y(y):.1f}", "r": 4}
+        cx, cy = place(x, y).split(",")
+        centre = {"class": "point", "cx": cx, "cy": cy, "r": 4}
         marks.append(element("circle", centre, title))
     return element(
         "svg",
         {"viewBox": f"0 0 {WIDTH} {HEIGHT}", "role": "img", "aria-label": label},
         grid_lines(low, high, place_y),
         x_ticks(last, place_x),
-        element("polygon", {"class": "band", "points": " ".join(upper + lower)}),
-        element("polyline", {"class": "curve", "points": " ".join(line)}),
+        element("polygon", {"class": "band", "points": band}),
+        element("polyline", {"class": "curve", "points": line}),
         marks,
     )
 
@@ -161,24 +197,24 @@ def curve(points, label):
 def grid_lines(low, high, place_y):
     step = next(step for step in STEPS if high - low <= 5 * step)
     first = -(-low // step)  # rounded up
+    beyond = int(high / step + 1e-9) + 1
+    digits = 1 if step < 0.01 else 0
     parts = []
-    for number in range(int((high - first * step) / step + 1e-9) + 1):
-        value = (first + number) * step
-        y = f"{place_y(value):.1f}"
-        parts.append(
-            element("line", {"class": "grid-line", "x1": LEFT, "x2": WIDTH - RIGHT, "y1": y, "y2": y})
-        )
-        label = percent(value, 1 if step < 0.01 else 0)
-        parts.append(
-            element("text", {"x": LEFT - 8, "y": f"{place_y(value) + 4:.1f}", "text-anchor": "end"}, label)
-        )
+    for number in range(int(first), beyond):
+        value = number * step
+        y = place_y(value)
+        ends = {"x1": LEFT, "x2": WIDTH - RIGHT, "y1": f"{y:.1f}", "y2": f"{y:.1f}"}
+        parts.append(element("line", {"class": "grid-line", **ends}))
+        position = {"x": LEFT - 8, "y": f"{y + 4:.1f}", "text-anchor": "end"}
+        parts.append(element("text", position, percent(value, digits)))
     return parts
 
 
 def x_ticks(last, place_x):
-    ticks = sorted({1, round(last / 4), round(last / 2), round(3 * last / 4), last} - {0})
+    ticks = {round(last * quarter / 4) for quarter in (1, 2, 3, 4)}
+    ticks.add(1)
     parts = []
-    for x in ticks:
+    for x in sorted(ticks - {0}):
         anchor = "end" if x == last > 1 else "middle"
         position = {"x": f"{place_x(x):.1f}", "y": HEIGHT - 14, "text-anchor": anchor}
         parts.append(element("text", position, x))

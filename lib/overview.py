@@ -6,18 +6,20 @@ import json
 from common import HEADLINE
 from lib import compare, scoring, tables
 from lib.figures import (
-    Markup,
     bars,
+    card,
     curve,
     div,
     diverging,
     dot,
     element,
-    escaped,
     figure,
     isolated,
+    joined,
+    paragraph,
     percent,
     small,
+    span,
     table,
     whisker,
 )
@@ -28,8 +30,25 @@ LABEL_COLUMNS = ("P %", "R %", "F1 %", "gold", "predicted")
 
 def heading(over, title, facts):
     """The top of a page. facts: [(what, value)]."""
-    line = [element("span", {}, f"{name} ", element("b", {}, isolated(value))) for name, value in facts]
-    return [element("p", {"class": "over"}, over), element("h1", {}, isolated(title)), div("facts", *line)]
+    line = []
+    for name, value in facts:
+        value = element("b", {}, isolated(value))
+        line.append(element("span", {}, f"{name} ", value))
+    title = element("h1", {}, isolated(title))
+    return [paragraph("over", over), title, div("facts", *line)]
+
+
+def section(title, *content):
+    return [element("h2", {}, title), *content]
+
+
+def numbers(stats, name="stats"):
+    """Figures beside each other. stats: [(value, what it is)]."""
+    shown = []
+    for value, label in stats:
+        value = element("b", {}, value)
+        shown.append(element("div", {}, value, small(label)))
+    return div(name, *shown)
 
 
 def run_page(run, metrics):
@@ -47,13 +66,15 @@ def run_page(run, metrics):
         "vote": metrics["vote"] if "samples" in metrics else None,
         "without prediction": metrics["without_prediction"] or None,
     }
-    parts = heading("Evaluation", run, [(name, value) for name, value in facts.items() if value is not None])
+    known = [(name, value) for name, value in facts.items() if value is not None]
+    parts = heading("Evaluation", run, known)
     if "scores" in metrics:
-        parts += [div("hero", headline(metrics), beside_paper(run, metrics))]
-        parts += [element("h2", {}, "Scores, and what counts as equal"), score_table(metrics)]
-        parts += [element("h2", {}, "Where it is right and wrong"), div("grid", *details(metrics))]
-    parts.append(all_settings(metrics["provenance"] | {"vote": metrics["vote"], "tau": metrics["tau"]}))
-    return Markup("".join(map(escaped, parts)))
+        parts.append(div("hero", headline(metrics), beside_paper(run, metrics)))
+        parts += section("Scores, and what counts as equal", score_table(metrics))
+        parts += section("Where it is right and wrong", div("grid", *details(metrics)))
+    vote = {name: metrics[name] for name in ("vote", "tau")}
+    parts.append(all_settings(metrics["provenance"] | vote))
+    return joined(parts)
 
 
 def headline(metrics):
@@ -61,9 +82,12 @@ def headline(metrics):
     title, rule = scoring.RULES[HEADLINE]
     scores = metrics["scores"][HEADLINE]
     low, high = scores["f1_95"]
-    stats = [("precision", scores["precision"]), ("recall", scores["recall"])]
-    stats += [(f"{name} F1", metrics["scores"]["mner"]["f1"]) for name in ("MNER",)]
-    shown = [element("div", {}, element("b", {}, percent(value)), small(name)) for name, value in stats]
+    entities, _ = scoring.RULES["mner"]
+    stats = (
+        (percent(scores["precision"]), "precision"),
+        (percent(scores["recall"]), "recall"),
+        (percent(metrics["scores"]["mner"]["f1"]), f"{entities} F1"),
+    )
     counts = metrics["responses"]
     responses = (
         f"{counts.get('responses', 0)} responses: {counts.get('well_formed', 0)} well formed, "
@@ -71,16 +95,15 @@ def headline(metrics):
         "readable answer counts as an empty prediction."
     )
     _, *lines = tables.reading(metrics)
-    return element(
-        "section",
-        {"class": "card column"},
-        element("p", {"class": "over"}, f"{title} F1"),
-        element("p", {"class": "big num"}, percent(scores["f1"]), element("small", {}, "%")),
-        element("p", {"class": "soft num"}, f"95 % interval {percent(low)} – {percent(high)}, over tweets"),
-        div("stats", *shown),
-        element("p", {"class": "soft small"}, f"Equal means: {rule}."),
-        [element("p", {"class": "small num reading"}, isolated(line)) for line in lines],
-        element("p", {"class": "soft small num last"}, responses),
+    return card(
+        "column",
+        paragraph("over", f"{title} F1"),
+        paragraph("big num", percent(scores["f1"]), element("small", {}, "%")),
+        paragraph("soft num", f"95 % interval {percent(low)} – {percent(high)}, over tweets"),
+        numbers(stats),
+        paragraph("soft small", f"Equal means: {rule}."),
+        [paragraph("small num reading", isolated(line)) for line in lines],
+        paragraph("soft small num last", responses),
     )
 
 
@@ -89,11 +112,16 @@ def beside_paper(run, metrics):
     rows = [(name, f1 / 100, None) for name, f1 in paper_rows()]
     rows.append((f"this run: {run}", scores["f1"], scores["f1_95"]))
     rows.sort(key=lambda row: -row[1])
-    top = max([f1 for _, f1, _ in rows] + [scores["f1_95"][1]])
+    _, highest = scores["f1_95"]
+    top = max(highest, rows[0][1])
     drawn = []
     for name, f1, interval in rows:
-        colour = "accent" if interval else "paper"
-        more = [whisker(interval[0] / top, interval[1] / top)] if interval else []
+        colour = "paper"
+        more = []
+        if interval:
+            low, high = interval
+            colour = "accent"
+            more.append(whisker(low / top, high / top))
         drawn.append((isolated(name), f1 / top, percent(f1, 2), colour, more))
     note = "F1 of quintuples, %. The paper's rows are its test set: compare only runs on that set."
     return figure("Beside the paper", note, bars(drawn))
@@ -111,28 +139,34 @@ def paper_rows():
 
 def score_table(metrics):
     rows = []
-    for name, scores in metrics["scores"].items():
-        title, rule = scoring.RULES[name]
+    for metric, scores in metrics["scores"].items():
+        title, rule = scoring.RULES[metric]
         low, high = scores["f1_95"]
         shares = [percent(scores["f1"], 2), f"{percent(low)} – {percent(high)}"]
-        shares += [percent(scores["precision"], 2), percent(scores["recall"], 2)]
-        rows.append(([title, small(rule)], *shares, scores["tp"], scores["pred"], scores["gold"]))
-    return element("section", {"class": "card lead"}, table(SCORE_COLUMNS, rows))
+        for name in ("precision", "recall"):
+            shares.append(percent(scores[name], 2))
+        counts = [scores[name] for name in ("tp", "pred", "gold")]
+        rows.append(([title, small(rule)], *shares, *counts))
+    return card("lead", table(SCORE_COLUMNS, rows))
 
 
 def details(metrics):
     """The cards below the scores."""
-    cards = [samples(metrics)] if "samples" in metrics else []
+    cards = []
+    if "samples" in metrics:
+        cards.append(samples(metrics))
     errors = []
     for name, (wrong, missed) in metrics["errors"].items():
         errors.append((name, name, wrong, missed, scoring.ERRORS[name]))
     note = "Each wrong prediction and each gold quintuple not found is in one class"
-    cards.append(figure("What goes wrong", note, diverging(("wrongly predicted", "not found"), errors)))
+    sides = ("wrongly predicted", "not found")
+    cards.append(figure("What goes wrong", note, diverging(sides, errors)))
     sizes = []
     for name, scores in metrics["per_size"].items():
-        value = [percent(scores["f1"]), element("span", {"class": "soft"}, f" · {scores['examples']}")]
+        value = [percent(scores["f1"]), span("soft", f" · {scores['examples']}")]
         sizes.append((f"{name} in gold", scores["f1"], value, "accent", []))
-    stack = [component_figure(metrics), figure("By number of gold quintuples", "F1, % · tweets", bars(sizes))]
+    by_size = figure("By number of gold quintuples", "F1, % · tweets", bars(sizes))
+    stack = [component_figure(metrics), by_size]
     if metrics["confusion"]:
         stack.append(confusion_figure(metrics["confusion"]))
     return [*cards, div("stack", *stack), label_figure(metrics)]
@@ -165,7 +199,7 @@ def confusion_figure(confusion):
     most = confusion[0][2]
     rows = []
     for gold, pred, count in confusion[:10]:
-        arrow = element("span", {"class": "soft"}, " → ")
+        arrow = span("soft", " → ")
         rows.append(([gold, arrow, pred], count / most, count, scoring.CONFUSED, []))
     note = f"gold → predicted: entities and types right, {scoring.LABEL} wrong"
     return figure(f"{scoring.LABEL}s taken for others".capitalize(), note, bars(rows))
@@ -187,19 +221,22 @@ def samples(metrics):
         (f"{many['distinct_answers']:.1f}", "answers a tweet"),
         (f"{many['distinct_paths']:.1f}", "reasonings a tweet"),
     )
-    shown = [element("div", {}, element("b", {}, value), small(label)) for value, label in stats]
     drawing = curve(points, f"F1 by number of responses; {first}; {last}")
-    legend = element("p", {"class": "small num soft"}, f"{first}, {last}")
-    return figure("F1 by number of responses", note, drawing, legend, div("stats four", *shown))
+    legend = paragraph("small num soft", f"{first}, {last}")
+    title = "F1 by number of responses"
+    return figure(title, note, drawing, legend, numbers(stats, "stats four"))
 
 
 def all_settings(values):
     """A fold with everything that is known of how this came about."""
     rows = []
     for name, value in flat(values):
-        rows.append((name, isolated(value if isinstance(value, str) else json.dumps(value))))
+        if not isinstance(value, str):
+            value = json.dumps(value)
+        rows.append((name, isolated(value)))
     summary = element("summary", {}, "All settings, files, versions")
-    return element("details", {"class": "card settings"}, summary, table(("", ""), rows))
+    settings = table(("", ""), rows)
+    return element("details", {"class": "card settings"}, summary, settings)
 
 
 def flat(values, prefix=""):
@@ -218,29 +255,38 @@ def comparison_page(title, comparison, counts, args):
     """Everything above the tweets of compare.html. counts: {tag: tweets}."""
     facts = [("vote", args.vote), ("resamples", args.resamples)]
     parts = heading("Comparison", title, facts)
-    parts += [element("p", {"class": "small reading"}, isolated(note)) for note in comparison.notes]
+    for note in comparison.notes:
+        parts.append(paragraph("small reading", isolated(note)))
     rows = [row for row in comparison.rows if "scores" in row]
     rows.sort(key=lambda row: row["name"] != comparison.first)
-    cells = [(isolated(row["name"]), *compare.jmere_cells(row)[:7]) for row in rows]
-    parts += [element("h2", {}, "Quintuples"), card_table(("", *compare.JMERE_COLUMNS[:7]), cells)]
-    cells = [(isolated(row["name"]), *compare.mner_cells(row)[:5]) for row in rows]
-    parts += [element("h2", {}, "Entities"), card_table(("", *compare.MNER_COLUMNS[:5]), cells)]
+    scores = own_columns(compare.JMERE_COLUMNS, compare.jmere_cells, rows)
+    parts += section("Quintuples", scores)
+    scores = own_columns(compare.MNER_COLUMNS, compare.mner_cells, rows)
+    parts += section("Entities", scores)
     note = (
         f"Δ, its interval and p (two-sided): against {comparison.first}, paired bootstrap of "
         f"{args.resamples} resamples over tweets."
     )
-    parts.append(element("p", {"class": "soft small reading"}, isolated(note)))
+    parts.append(paragraph("soft small reading", isolated(note)))
     most = max(counts.values()) or 1
     tweets = []
     for tag, count in counts.items():
         colour = tag.replace(" ", "-")
-        tweets.append(([dot(colour), tag], count / most, count, colour, []))
-    shown = figure("Tweets", "by number of errors, from the first run to the second", bars(tweets))
+        name = [dot(colour), tag]
+        tweets.append((name, count / most, count, colour, []))
+    note = "by number of errors, from the first run to the second"
+    shown = figure("Tweets", note, bars(tweets))
     header, body = compare.label_table(comparison, rows)
-    labels = figure(f"By {scoring.LABEL}", None, div("figure-table", table(header, body)))
-    parts += [element("h2", {}, "Where they differ"), div("grid", shown, labels)]
-    return Markup("".join(map(escaped, parts)))
+    labels = div("figure-table", table(header, body))
+    labels = figure(f"By {scoring.LABEL}", None, labels)
+    parts += section("Where they differ", div("grid", shown, labels))
+    return joined(parts)
 
 
-def card_table(header, rows):
-    return element("section", {"class": "card lead"}, table(header, rows))
+def own_columns(columns, cells, rows):
+    """A table of compare.py without the paper's figures, which stand after p."""
+    own = columns[: columns.index("p") + 1]
+    body = []
+    for row in rows:
+        body.append((isolated(row["name"]), *cells(row)[: len(own)]))
+    return card("lead", table(("", *own), body))

@@ -24,33 +24,40 @@ def write_report(args, run, finals, metrics):
     shown = []
     for place, example in enumerate(examples):
         answer = answers[example.id]
-        errors = [kind for kind, _, _ in answer["items"] if kind in scoring.ERRORS]
-        tags = {kind for kind, _, _ in answer["items"]}
+        kinds = [kind for kind, _, _ in answer["items"]]
+        errors = sum(kind in scoring.ERRORS for kind in kinds)
+        tags = set(kinds)
         if example.quintuples is not None:
             tags.add("any error" if errors else "all right")
-        keys = {"errors": len(errors), "place": -place, "gold": len(example.quintuples or ())}
+        gold = len(example.quintuples or ())
+        keys = {"errors": errors, "place": -place, "gold": gold}
         shown.append(shown_tweet(example, [answer], tags, keys))
     tags = [
         ("any error", "missing", "a tweet with at least one"),
         ("all right", "correct", "nothing wrong or missed"),
     ]
-    tags += [("correct", "correct", ""), ("predicted", "predicted", "no gold to compare with")]
-    tags += [(kind, kind, meaning) for kind, meaning in scoring.ERRORS.items()]
-    orders = [("errors", "most errors first"), ("gold", "most gold first"), ("place", "as in the data")]
+    tags.append(("correct", "correct", ""))
+    tags.append(("predicted", "predicted", "no gold to compare with"))
+    for kind, meaning in scoring.ERRORS.items():
+        tags.append((kind, kind, meaning))
+    orders = {"errors": "most errors first", "gold": "most gold first", "place": "as in the data"}
     name = Path(args.out).absolute().name
     block = page_block(shown, tags, orders, len(run.examples))
-    filled = page.fill("report.html", block, f"{name}: evaluation", overview.run_page(name, metrics))
+    figures = overview.run_page(name, metrics)
+    filled = page.fill("report.html", block, f"{name}: evaluation", figures)
     data.write_atomic(Path(args.out) / "report.html", filled)
     return sum(row["image"] is not None for row in shown)
 
 
 def page_block(shown, tags, orders, total):
-    """The JSON block of a page. tags: (name, colour, meaning); orders: (key, name); total: tweets of the
+    """The JSON block of a page. tags: (name, colour, meaning); orders: {key: name}; total: tweets of the
     run."""
-    used = Counter(tag for row in shown for tag in row["tags"])
+    used = Counter()
+    for row in shown:
+        used.update(row["tags"])
     return {
-        "tags": [(name, colour, meaning, used[name]) for name, colour, meaning in tags if used[name]],
-        "orders": orders,
+        "tags": [(*tag, used[tag[0]]) for tag in tags if used[tag[0]]],
+        "orders": list(orders.items()),
         "errors": scoring.ERRORS,
         "total": total,
         "shown": shown,
@@ -76,7 +83,8 @@ def shown_answers(run, finals, examples, name=""):
     for _, row in data.read_jsonl(run.path):
         if row["id"] in rest:
             example = rest.pop(row["id"])
-            answers[example.id] = shown_answer(example, run, finals.get(example.id, []), row, name)
+            final = finals.get(example.id, [])
+            answers[example.id] = shown_answer(example, run, final, row, name)
     for example in rest.values():
         answers[example.id] = shown_answer(example, run, [], {}, name)
     return answers
@@ -86,19 +94,22 @@ def shown_answer(example, run, final, row, name):
     """Items [class, predicted or None, gold or None]; of the response nearest to the answer its reasoning
     and text; of many responses the most frequent answers."""
     given = run.predictions.get(example.id)
-    shown = {"name": name, "items": shown_items(example.quintuples, final, given), "reason": [], "raw": None}
-    if given and ("responses" in row or "response" in row):
-        pairs = zip(given.answers, given.parsed, strict=True)
-        sets = [frozenset(answer) if ok else None for answer, ok in pairs]
-        text = response_text(row, nearest(sets, frozenset(final)))
-        shown["raw"] = text
-        shown["reason"] = reasoning(text, row.get("prompt") == "direct")
-        votes = Counter(sets)
-        shown["votes"] = [votes[frozenset(final)], len(sets), len(set(sets) - {None})]
-        if len(sets) > 1:
-            shown["top"] = [
-                (count, top_answer(given, sets, answer)) for answer, count in votes.most_common(TOP)
-            ]
+    items = shown_items(example.quintuples, final, given)
+    shown = {"name": name, "items": items, "reason": [], "raw": None}
+    if given is None or ("responses" not in row and "response" not in row):
+        return shown
+    sets = scoring.readable_sets(given.answers, given.parsed)
+    final = frozenset(final)
+    text = response_text(row, nearest(sets, final))
+    shown["raw"] = text
+    shown["reason"] = reasoning(text, row.get("prompt") == "direct")
+    votes = Counter(sets)
+    distinct = len(set(sets) - {None})
+    shown["votes"] = [votes[final], len(sets), distinct]
+    if len(sets) > 1:
+        shown["top"] = []
+        for answer, count in votes.most_common(TOP):
+            shown["top"].append((count, top_answer(given, sets, answer)))
     return shown
 
 
@@ -110,28 +121,45 @@ def response_text(row, place):
 
 def top_answer(given, sets, answer):
     """An answer in the order of the first response that gave it; None: no readable one."""
-    return None if answer is None else scoring.distinct(given.answers[sets.index(answer)])
+    if answer is None:
+        return None
+    first = sets.index(answer)
+    return scoring.distinct(given.answers[first])
 
 
 def shown_items(gold, final, given):
+    """[(class, predicted or None, gold or None)] of an answer."""
     if gold is None:
         return [("predicted", q, None) for q in final]
-    right = [("correct", q, q) for q in scoring.distinct(gold) if q in final]
-    return right + scoring.classify(final, gold, given is None or any(given.parsed))
+    items = []
+    for q in scoring.distinct(gold):
+        if q in final:
+            items.append(("correct", q, q))
+    parsed = given is None or any(given.parsed)
+    return items + scoring.classify(final, gold, parsed)
 
 
 def nearest(sets, final):
     """The place of the answer that differs least from `final`; None is an unparsed one."""
-    distances = [float("inf") if answer is None else len(answer ^ final) for answer in sets]
-    return distances.index(min(distances))
+
+    def distance(place):
+        answer = sets[place]
+        return float("inf") if answer is None else len(answer ^ final)
+
+    return min(range(len(sets)), key=distance)
 
 
 def reasoning(text, direct):
     """[(title, body)] of a response's reasoning: its parts, or one piece without headings."""
     think = common.parse_response(text, direct).think
     before, *parts = common.COT_HEADING.split(think)  # [before, heading, body, heading, body, …]
-    pieces = [("Reasoning", before), *zip(parts[::2], parts[1::2], strict=True)]
-    return [(title, body.strip()) for title, body in pieces if body.strip()]
+    titles = ["Reasoning", *parts[::2]]
+    bodies = [before, *parts[1::2]]
+    pieces = []
+    for title, body in zip(titles, bodies, strict=True):
+        if body.strip():
+            pieces.append((title, body.strip()))
+    return pieces
 
 
 # -------------------------------------------------------------------------------- two runs
@@ -154,23 +182,33 @@ def write_comparison(args, comparison):
     finals = []
     for run in runs:
         preds = compare.final_answers(args, run)
-        finals.append({example.id: pred for example, pred in zip(examples, preds, strict=True)})
-    change = {example.id: changed(example, *(final[example.id] for final in finals)) for example in examples}
-    counts = Counter(tag for tag, _ in change.values())
-    ranked = sorted(examples, key=lambda example: -change_key(*change[example.id]))[: args.report_examples]
-    answers = [
-        shown_answers(run, final, ranked, name) for run, final, name in zip(runs, finals, names, strict=True)
-    ]
+        ids = [example.id for example in examples]
+        finals.append(dict(zip(ids, preds, strict=True)))
+    first, second = finals
+    change = {}
+    counts = dict.fromkeys(MEANINGS, 0)
+    for example in examples:
+        tag, difference = changed(example, first[example.id], second[example.id])
+        counts[tag] += 1
+        change[example.id] = tag, change_key(tag, difference)
+    ranked = sorted(examples, key=lambda example: change[example.id][1], reverse=True)
+    ranked = ranked[: args.report_examples]
+    answers = []
+    for run, final, name in zip(runs, finals, names, strict=True):
+        answers.append(shown_answers(run, final, ranked, name))
     shown = []
     for example in ranked:
-        tag, difference = change[example.id]
-        keys = {"change": change_key(tag, difference), "gold": len(example.quintuples)}
-        shown.append(shown_tweet(example, [answer[example.id] for answer in answers], {tag}, keys))
-    tags = [(tag, tag.replace(" ", "-"), meaning) for tag, meaning in MEANINGS.items()]
-    orders = [("change", "better, worse, both wrong"), ("gold", "most gold first")]
+        tag, key = change[example.id]
+        keys = {"change": key, "gold": len(example.quintuples)}
+        both = [answer[example.id] for answer in answers]
+        shown.append(shown_tweet(example, both, {tag}, keys))
+    tags = []
+    for tag, meaning in MEANINGS.items():
+        tags.append((tag, tag.replace(" ", "-"), meaning))
+    orders = {"change": "better, worse, both wrong", "gold": "most gold first"}
     title = " → ".join(names)
     block = page_block(shown, tags, orders, len(examples))
-    figures = overview.comparison_page(title, comparison, {tag: counts[tag] for tag in MEANINGS}, args)
+    figures = overview.comparison_page(title, comparison, counts, args)
     filled = page.fill("report.html", block, f"{title}: comparison", figures)
     data.write_atomic(Path(args.out) / "compare.html", filled)
     return len(shown)

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import common
-from lib import data, scoring
+from lib import compare, data
 
 PARADIGMS = {  # row: the folder that run.sh gives it
     "zero-shot": "test-zero",
@@ -173,8 +173,9 @@ def paired_gain(folder):
     """GRPO's gain over CoT-SFT as 05_eval.py --compare has it → ((low, high) in points, p)."""
     runs = [f"{name}={folder / PARADIGMS[name]}" for name in ("CoT-SFT", "JMERE-R1")]
     settings = argparse.Namespace(compare=runs, limit=None, vote="set", tau=0.5, resamples=1000, seed=0)
-    compared = next(row for row in scoring.compare(settings, None) if "p" in row)
-    return [100 * end for end in compared["difference_95"]], compared["p"]
+    rows = compare.compare(settings).rows
+    scores = next(row["scores"][common.HEADLINE] for row in rows if row["name"] == "JMERE-R1")
+    return [100 * end for end in scores["difference_95"]], scores["p"]
 
 
 def gain_row(folder):

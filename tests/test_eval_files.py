@@ -346,6 +346,22 @@ def test_a_bare_command_in_an_empty_folder_says_what_is_missing(tmp_path, args, 
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
+def test_what_is_scored_is_not_written_over(tmp_path):
+    """Another system's file is called quintuples.jsonl, as ours would be."""
+    row = {"id": "1", "text": "x", "image": "x.jpg", "quintuples": [list(A)]}
+    gold = write(tmp_path / "gold.jsonl", [row])
+    theirs = write(tmp_path / "out" / "quintuples.jsonl", [{"id": "1", "quintuples": []}])
+    before = theirs.read_text()
+    done = run("--predictions", theirs, "--data", gold, "--out", tmp_path / "out")
+    assert done.returncode == 2 and "would be overwritten, and it is an input" in done.stderr
+    again = write(tmp_path / "again.jsonl", [{"id": "1", "quintuples": [list(A)]}])
+    done = run("--predictions", again, "--data", gold, "--out", tmp_path / "out")
+    assert done.returncode == 2 and "this tool did not write it" in done.stderr
+    assert theirs.read_text() == before
+    assert run("--predictions", again, "--data", gold, "--out", tmp_path / "new").returncode == 0
+    assert run("--predictions", again, "--data", gold, "--out", tmp_path / "new").returncode == 0  # is ours
+
+
 def test_out_that_is_a_file_is_refused(tmp_path):
     path = write(tmp_path / "p.jsonl", [stored_row("1", ["x"], [A])])
     done = run("--predictions", path, "--out", path)

@@ -377,7 +377,7 @@ def main(args):
         prompts["score"] = common.SCORE_PROMPT
 
     # 1. Candidates, and who answers. Every fault is found before the first paid call.
-    data.existing("--cot", args.cot, "01_distill.py writes it")
+    data.existing("--cot", args.cot, "made by 01_distill.py")
     ask.check_outputs(outputs(args, files), inputs=[args.cot, args.human])
     human = agreement.read_human(args.human) if args.human else {}
     funnel = Funnel(load_candidates(args, paid=bool(files)))

@@ -397,7 +397,7 @@ def test_bare_commands(folder):
     "script, message",
     [
         ("01_distill.py", "--data data/train.json: no such file: the EEGA release goes there (README, Data)"),
-        ("02_filter.py", "--cot runs/cot.jsonl: no such file: 01_distill.py writes it"),
+        ("02_filter.py", "--cot runs/cot.jsonl: no such file: made by 01_distill.py"),
     ],
 )
 def test_bare_commands_in_an_empty_folder(tmp_path, script, message):

@@ -1,0 +1,459 @@
+"""Lists of quintuples as models write them: in brackets, JSON, tables, lines, arrows, with talk around.
+
+However an item is written, it holds two names, two types and a relation, and types and relations come from
+closed sets. So a text is cut at its brackets, quotes and separators, and the reader looks for those five.
+Knows no prompt and no reward, and no label but those that common hands it; a synonym stays what it is.
+"""
+
+import functools
+import json
+import re
+from types import SimpleNamespace
+from typing import NamedTuple
+
+MOST_READ = 100_000  # characters; what follows in a longer answer counts as one malformed item
+OPENERS = dict(zip("[［【〔「『({（｛<《〈⟨", "[[[[[[({({<<<<", strict=True))  # opening bracket → its kind
+CLOSERS = dict(
+    zip("]］】〕」』)}）｝>》〉⟩", "[[[[[[({({<<<<", strict=True)
+)  # closing bracket → what it closes
+LEFT = re.escape("".join(OPENERS))
+RIGHT = re.escape("".join(CLOSERS))
+TAKEN = "\x01"  # fills the place of a bracket that has been read
+BLANK = " \t\r\n\u200b\u200c\u200d\u2060\ufeff"  # white space and signs without width
+QUOTED = (  # a string in quotes, between two of: separator, bracket, end of the line
+    rf"(?:^|(?<=[\n,，、;；:：|=>.*{LEFT}{RIGHT}{TAKEN}])|(?<=[\s,，、;；:：|=>.*{LEFT}{RIGHT}{TAKEN}-]\s))"
+    r"""(?:"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.|(?<=\w)'(?=\w))*'|“[^“”\n]*”|‘(?:[^‘’\n]|’(?=\w))*’|`[^`\n]*`)"""
+    rf"(?=\s*(?:[,，、;；:：|=→#/–—{LEFT}{RIGHT}{TAKEN}.*-]|$|and\b))"
+)
+SEPARATOR = rf"(<\|>|\|+|##|[,，、;；\t\n]|{TAKEN}+|\s[-–—/]+\s|[-–—=]+>|[→⟶⇒]|\sand\s)"
+STRING = re.compile(QUOTED, re.M)
+BRACKET = re.compile(rf"{QUOTED}|<(?=[\w\"'@#(\[])|(?<![-–—=])>|[{LEFT}{RIGHT}](?<![<>])", re.M)
+INNERMOST = re.compile(rf"[{LEFT}]([^{LEFT}{RIGHT}]*)[{RIGHT}]")
+PIECES = re.compile(f"{QUOTED}|{SEPARATOR}", re.M)
+ALL_PIECES = re.compile(f"{QUOTED}|{SEPARATOR[:-1]}|[:：{LEFT}{RIGHT}])", re.M)  # brackets and colons too
+LETTER = re.compile(r"[^\W\d_①-⑳]")
+BULLET = re.compile(r"(?:\s|[-*•·▪‣◦+–—]+\s|\(?\d{1,3}[.):、）](?!\d)|\|\s*\d{1,3}\s*(?=\|)|[①-⑳])*")
+LABEL = re.compile(  # "Quintuple 1:", "Here are the final answers:", "The result is"
+    r"\W*(?:\b(?:the|my|here|is|are|following|final|extracted|correct)\b\W*)*?"
+    r"\b(?:answer|output|result|quintuple|tuple|relation|item|list|prediction|response|solution)s?\b\W*"
+    r"(?:\b\d+\b)?\W*(?:\b(?:is|are)\b|[:：=]|\s[-–—]\s)[\s*]*",
+    re.I,
+)
+BETWEEN = re.compile(r"\b(?:the )?relation(?:ship)? between\b", re.I)
+FINAL = re.compile(
+    r"^[ \t#*_>-]*(?:the )?final (?:answer|output|result|quintuple|list)s?\b[^\n:：]{0,20}(?:[:：]|$)",
+    re.I | re.M,
+)
+NOTHING = re.compile(
+    r"\W*(?:there (?:is|are) )?(?:none|no|null|nil|n/?a|nothing|empty|无|没有)?(?: ?(?:list|set|answer))?\W*"
+    r"|.*\b(?:none|nothing|no|not|cannot|\w+n['’]t)\b[^.\n]*\b"
+    r"(?:found|extracted|quintuples?|relations?(?:hips?)?|tuples?|entit(?:y|ies)|pairs?)\b.*",
+    re.I | re.S,
+)
+REWRITES = [  # what is only another way to write a line break or a bracket
+    (re.compile(pattern, re.I), replacement)
+    for pattern, replacement in (
+        (TAKEN, " "),
+        (r"```(?:[\w+-]*[ \t]*(?=\n)|(?:json|python|text|xml|csv|markdown|yaml)\b)?|~~~", "\n"),
+        (r"(?<!\\)(?:\\r)?\\n|\r\n?", "\n"),
+        (r"<(\w+)>([^<>\n]*)</\1>", r"\n\1: \2\n"),
+        (
+            r"<[|｜][^|｜<>\s]{1,40}[|｜]>|</?(?:s|br|p|b|i|[uo]l|li|pre|code|output|results?|\w*tuples?)\s*/?>",
+            "\n",
+        ),
+        (r"\\(?:left|right)\b|\\(?:text\w*|math\w*)\{([^{}]*)\}", r"\1"),
+        (r"\\[a-z]+\{", "{"),
+        (r"\\([\[\](){}])", r"\1"),
+        (r"((?:[\[\](){}<>,;|\"'`]\s*){1,4}?)\1{5,}", r"\1\1\1"),  # a runaway answer
+    )
+]
+KEY = re.compile(  # `"head":`, `head=`, `- **Head Type**:`, `| Head |`; group 1 a quote, group 2 the key
+    rf"(?:^|[\n,，;；|({TAKEN}（{{\[])(?:[ \t*•·+>#|-]|\d{{1,3}}[.)])*([\"'`“]?)\**"
+    r"([A-Za-z][A-Za-z0-9 _-]{0,30}?)\**[\"'`”]?\s*(?:[:：]|=>?|\|)\**(?!/)"
+)
+KEY_WORDS = {  # what a word of a key says: a side (0 head, 2 tail), or what it holds of it
+    0: {"head", "subject", "subj", "source", "src", "from", "h", "s", "beg", "begin", "first", "1"},
+    2: {"tail", "object", "obj", "target", "tgt", "to", "t", "o", "sec", "second", "2"},
+    "relation": {"relation", "relations", "relationship", "rel", "predicate", "r"},
+    "type": {"type", "types", "category", "class", "label", "tag", "tags"},
+    "name": {
+        "name",
+        "text",
+        "entity",
+        "ent",
+        "e",
+        "id",
+        "mention",
+        "value",
+        "span",
+        "node",
+        "arg",
+        "of",
+        "the",
+    },
+}
+# The pieces of a text as letters: N a name, T a type, R a relation; M, U, S the same behind a semicolon, and
+# n, t, r behind a line break. An item is then a word: head (h), its type (a), tail (t), its type (b),
+# relation (r), in one of five orders.
+KINDS = {
+    ";": str.maketrans("NTR", "MUS"),
+    "；": str.maketrans("NTR", "MUS"),
+    "\n": str.maketrans("NTR", "ntr"),
+}
+NAME = "[nrNRMS][NRMS]{0,30}"
+ITEM = re.compile(
+    rf"(?P<h0>{NAME})(?P<a0>[tTU])(?P<t0>{NAME})(?P<b0>[tTU])(?P<r0>[rRS]|[nNM](?=$|[ntrMUS]))([NR]+(?=[MS]))?"
+    rf"|(?P<h1>{NAME})(?P<a1>[tTU])(?P<r1>[rRS])(?P<t1>{NAME})(?P<b1>[tTU])"
+    rf"|(?P<r2>[rRS])(?P<h2>{NAME})(?P<a2>[tTU])(?P<t2>{NAME})(?P<b2>[tTU])"
+    r"|(?P<h3>[nrNRMS])(?P<t3>[nrNRMS])(?P<a3>[tTU])(?P<b3>[tTU])(?P<r3>[rRS])"
+    rf"|(?P<h4>{NAME})(?P<r4>[rRS])(?P<t4>{NAME})(?P<a4>[tTU])(?P<b4>[tTU])"
+)
+
+
+class Piece(NamedTuple):
+    text: str
+    start: int
+    end: int
+    before: str  # the separator before it
+
+
+def pieces(text, pattern=PIECES):
+    """`text` cut at its separators; pieces without content are left out."""
+    found = []
+    start = 0
+    before = ""
+    for match in pattern.finditer(text):
+        if match[1]:  # a separator, not a string in quotes
+            found.append(Piece(text[start : match.start()], start, match.start(), before))
+            start = match.end()
+            before = match[1]
+    found.append(Piece(text[start:], start, len(text), before))
+    return [piece for piece in found if piece.text.strip(BLANK + "*`$")]
+
+
+def unquoted(text):
+    """What a string in quotes says; in double quotes as JSON reads it."""
+    body = text[1:-1].replace("\\'", "'")
+    if text[0] == '"':
+        try:
+            body = json.loads(text, strict=False)
+        except ValueError:
+            body = body.replace('\\"', '"')
+    return re.sub("[\ud800-\udfff]", "\ufffd", body)  # half a character, which no file can hold
+
+
+def bare(text):
+    """A field without the signs around it; "" where a bracket without its partner sticks to it."""
+    text = text.strip(BLANK)
+    if not STRING.fullmatch(text):
+        text = text.strip(BLANK + "*`")
+    if STRING.fullmatch(text):
+        return unquoted(text)
+    if len(text) > 1 and text[0] + text[-1] in ('""', "''", "“”", "‘’", "$$"):
+        text = text[1:-1]
+    opened = text[:1] in OPENERS and not any(CLOSERS.get(sign) == OPENERS[text[0]] for sign in text)
+    closed = text[-1:] in CLOSERS and not any(OPENERS.get(sign) == CLOSERS[text[-1]] for sign in text)
+    return "" if opened or closed else re.sub(r"\\([_&#*$%])", r"\1", text)
+
+
+def outer(text):
+    """A field that was cut out of brackets, without them."""
+    return bare(text.strip(BLANK + "*`" + "".join(OPENERS) + "".join(CLOSERS)))
+
+
+def unlabelled(text):
+    """Without what announces an answer."""
+    label = LABEL.match(text)
+    return text[label.end() :] if label else text
+
+
+@functools.lru_cache(maxsize=1024)
+def role(key):
+    """What a key names: a place in the quintuple, "name" or "type" of an entity named elsewhere, or None.
+
+    >>> [role(key) for key in ("head_type", "e2", "relationType", "name", "confidence")]
+    [1, 2, 4, 'name', None]
+    """
+    words = re.findall(r"[a-z]+|\d", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", key).lower())
+    if words in (["t", "1"], ["t", "2"]):
+        return 1 if words[1] == "1" else 3
+    meanings = [meaning for word in words for meaning, spellings in KEY_WORDS.items() if word in spellings]
+    sides = {meaning for meaning in meanings if meaning in (0, 2)}
+    if not words or len(meanings) < len(words) or len(sides) + ("relation" in meanings) > 1:
+        return None
+    if "relation" in meanings:
+        return 4
+    if sides:
+        return sides.pop() + ("type" in meanings)
+    return "type" if "type" in meanings else "name"
+
+
+class Reader:
+    """Reads lists of (name, type, name, type, relation) of one label set. aliases: {spelling: label}."""
+
+    def __init__(self, types, relations, aliases):
+        self.types = {label: label for label in types} | {a: t for a, t in aliases.items() if t in types}
+        spellings = {label: label for label in relations}
+        spellings |= {alias: label for alias, label in aliases.items() if label in relations}
+        self.relations = {spelling.replace(" ", ""): label for spelling, label in spellings.items()}
+        a_type = f"({'|'.join(self.types)})"
+        longest_first = sorted(spellings, key=len, reverse=True)
+        a_relation = f"({'|'.join(longest_first)})".replace(" ", r"[\s_\\-]*")
+        self.type_word = re.compile(rf"\b{a_type}\b", re.I)
+        self.type = re.compile(rf"[\W_]*{a_type}(?:\W*[(/]\W*{a_type})?[\W_]*", re.I)
+        self.type_in_brackets = re.compile(rf"\s*[{LEFT}]\W{{0,3}}{a_type}\W{{0,3}}[{RIGHT}]", re.I)
+        self.after_type = re.compile(rf"\|\s*(?:is\s)?(?:an?\s|the\s)?{a_relation}\s+(?:the\s)?", re.I)
+        self.relation = re.compile(
+            rf"\W*(?:(?:relation\W+)?is\W+)?(?:/?\w+/\w+/)?{a_relation}\s*($|[^\w\s].*|\n.*)", re.I | re.S
+        )
+
+    def type_of(self, text):
+        """'PER.', '"per"', 'org (organization)' → the type, or None."""
+        match = self.type.fullmatch(text) if len(text) < 40 else None
+        labels = {self.types[word.lower()] for word in match.groups() if word} if match else ()
+        return labels.pop() if len(labels) == 1 else None
+
+    def relation_of(self, text):
+        """→ (the relation that `text` begins with, the comment after it), or None."""
+        match = self.relation.match(text)
+        return match and (self.relations[re.sub(r"[\W_]", "", match[1]).lower()], match[2])
+
+    def kind(self, piece):
+        """The letter of a piece, see ITEM."""
+        kind = "T" if self.type_of(piece.text) else "R" if self.relation_of(piece.text) else "N"
+        return kind.translate(KINDS.get(piece.before.replace(TAKEN, "\n")[:1], {}))
+
+    def add(self, found, place, head, head_type, tail, tail_type, relation):
+        """Take in an item: names as meant, labels as they stand in the text. An empty field is a fault."""
+        known = self.relation_of(relation)
+        labels = [self.type_of(text) or bare(text) for text in (head_type, tail_type)]
+        item = (head, labels[0], tail, labels[1], known[0] if known else bare(relation))
+        found.stray += bool(known and LETTER.search(known[1]))
+        if all(field.strip() for field in item):
+            found.items.append((place, item))
+        else:
+            found.malformed += 1
+
+    def read(self, text):
+        """An answer → what was found in it: items, malformed, stray, empty.
+
+        items: (place in the text, five strings); malformed: how many items are no quintuple; stray: how many
+        pieces are talk; empty: whether `[]` or its like stands there.
+        """
+        found = SimpleNamespace(items=[], malformed=0, stray=0, empty=False)
+        first_quote = text.find('"')
+        if first_quote > 0 and text[first_quote - 1] == "\\":  # JSON within a string
+            text = text.replace('\\"', '"')
+        for pattern, replacement in REWRITES:
+            text = pattern.sub(replacement, text)
+        finals = [match.end() for match in FINAL.finditer(text)]
+        if finals and re.search(r"\w", text[finals[-1] :]):
+            text = text[finals[-1] :]
+            found.stray += 1
+        found.malformed += len(text) > MOST_READ
+        rest = self.lines(self.brackets(text[:MOST_READ], found), found)
+        talk = [line for line in rest if LETTER.search(line.replace(" and ", ""))]
+        if talk and not found.items and not found.malformed:
+            whole = "\n".join(BULLET.sub("", line, count=1) for line in rest)
+            if self.fields(whole, found, 0):
+                talk = []  # it was one item, a field a line
+        if not found.items:
+            said = [line for line in talk if len(line) > 300 or not NOTHING.fullmatch(unlabelled(line))]
+            found.empty = found.empty or len(said) < len(talk)
+            talk = said
+            if talk and not found.empty and not found.malformed:
+                found.malformed = 1
+        found.stray += len(talk)
+        found.items.sort(key=lambda item: item[0])
+        return found
+
+    def fields(self, text, found, place):
+        """Read the items of a stretch of text from its pieces → whether there are any."""
+        if len(self.type_word.findall(text)) < 2:
+            return False
+        if self.word(text, PIECES, "", found, place):
+            return True
+        if len(text) > 1000 or TAKEN in text:
+            return False
+        typed = self.type_in_brackets.sub(r"|\1|", BETWEEN.sub("", text))
+        typed = self.after_type.sub(r"|\1|", typed)  # Ann Lee (per) is a member of Acme (org)
+        return self.word(typed, PIECES, ".", found, place) or self.word(text, ALL_PIECES, ".", found, place)
+
+    def word(self, text, pattern, end, found, place):
+        """Read the items of a text cut by `pattern`. end: "" if the last piece may be an unknown relation."""
+        parts = [part for part in pieces(text, pattern) if re.search(r"\w", part.text)]
+        kinds = "".join(map(self.kind, parts))
+        if not end and len(parts) == 5 and kinds[1] in "tTU" and kinds[3] in "tTU":
+            kinds = "NTNTR"  # whatever the others read like
+        matches = list(ITEM.finditer(kinds + end))
+        for match in matches:
+            self.item(text, parts, match, found, place)
+        if matches:
+            left = ITEM.sub(lambda match: "_" * len(match[0]), kinds + end)
+            talk = {left[k] for k, part in enumerate(parts) if LETTER.search(part.text)} - {"_"}
+            found.malformed += bool(talk & {"t", "T", "U"})
+            found.stray += bool(talk)
+        return bool(matches)
+
+    def item(self, text, parts, match, found, place):
+        """Read the item that ITEM matched. A name is all that stands from its first piece to its last."""
+        spans = {name[0]: match.span(name) for name, kinds in match.groupdict().items() if kinds}
+        raw = {name: text[parts[begin].start : parts[end - 1].end] for name, (begin, end) in spans.items()}
+        if parts[spans["h"][0]].before == "\n":
+            raw["h"] = BULLET.sub("", raw["h"], count=1)
+        head = unlabelled(raw["h"])
+        head = bare(head) or outer(head)  # its bracket may not have been closed
+        in_pairs = raw["a"].strip()[-1] in CLOSERS and raw["b"].strip()[-1] in CLOSERS
+        tail = outer(raw["t"]) if in_pairs else bare(raw["t"])
+        self.add(found, place + parts[match.start()].start, head, raw["a"], tail, raw["b"], raw["r"])
+
+    def keyed(self, text, found, place):
+        """Read items whose parts have names: objects, keyword arguments, `Head: …` → whether there is any."""
+        marks = [(role(match[2].strip()), match) for match in KEY.finditer(text)]
+        marks = [mark for mark in marks if mark[0] is not None or mark[1][1] or mark[1][0][0] == "\n"]
+        if len({name for name, _ in marks} - {None}) < 3:
+            return False
+        ends = [match.start() for _, match in marks[1:]] + [len(text)]
+        items = [{}]
+        side = None  # 0 or 2: the name to which "name" and "type" belong
+        for (name, match), end in zip(marks, ends, strict=True):
+            value = text[match.end() : end].strip(BLANK + ",;，；|")
+            fields = items[-1]
+            if name == "name":
+                name = side if side is not None and side not in fields else 2 * (0 in fields)
+            elif name == "type":
+                name = side + 1 if side is not None and side + 1 not in fields else 4
+                if name in fields:
+                    continue
+            side = name if name in (0, 2) else side
+            if name is None or value in ("null", "None") or not re.search(r"\w", value):
+                continue
+            if name in fields:
+                items.append({})
+            items[-1][name] = value
+        items = [self.with_types(item) for item in items]
+        whole = [item for item in items if len(item) == 5]
+        for item in whole:
+            self.add(found, place, *(item[k] for k in range(5)))
+        partial = sum(2 < len(item) < 5 for item in items)
+        found.malformed += partial
+        return bool(whole or partial)
+
+    def with_types(self, fields):
+        """Values as meant; a name beside its type, `Ann Lee (per)` or `["Ann Lee", "per"]`, gives both."""
+        result = {}
+        for k, value in fields.items():
+            string = STRING.match(value)
+            whole = unquoted(string[0]) if string else value.partition("\n")[0]
+            result[k] = whole if string else outer(whole)
+            typed = self.type_in_brackets.sub(r"|\1|", whole[:1000])
+            parts = pieces(typed)
+            if k in (0, 2) and k + 1 not in fields and len(parts) > 1 and self.type_of(parts[-1].text):
+                result[k] = outer(typed[: parts[-2].end])
+                result[k + 1] = parts[-1].text
+        return result
+
+    def nested(self, text, found, place):
+        """Read items that stand whole in strings: `["Ann Lee, per, Acme, …"]` → whether there are any."""
+        strings = [unquoted(match[0]) for match in STRING.finditer(text) if self.type_word.search(match[0])]
+        readings = [self.read(string) for string in strings]
+        if not any(inner.items for inner in readings):
+            return False
+        for inner in readings:
+            found.items += [(place, item) for _, item in inner.items]
+            found.malformed += inner.malformed
+            found.stray += inner.stray
+        return True
+
+    def five(self, text, found, place):
+        """Read five fields of unknown labels: a wrong item, or the prompt's template → whether it is five."""
+        fields = [bare(piece.text) for piece in pieces(text)]
+        if len(fields) != 5:
+            return False
+        if None in map(role, fields):
+            self.add(found, place, *fields)
+        else:
+            found.stray += 1
+        return True
+
+    def brackets(self, text, found):
+        """Read what stands in brackets, innermost first → `text` with TAKEN in the place of what was read."""
+        stack = [(0, "", [])]  # open brackets: (place, sign, the text in it so far)
+        last = 0
+        for match in BRACKET.finditer(text):
+            sign, place = match[0], match.start()
+            kinds = [OPENERS.get(opener) for _, opener, _ in stack]
+            if sign in OPENERS and len(stack) < 20:
+                stack[-1][2].append(text[last:place])
+                stack.append((place, sign, []))
+                last = match.end()
+            elif sign in CLOSERS and CLOSERS[sign] in (kinds if CLOSERS[sign] in "[{" else kinds[-1:]):
+                stack[-1][2].append(text[last:place])
+                last = match.end()
+                while OPENERS.get(stack[-1][1]) != CLOSERS[sign]:  # one that was not closed
+                    _, unclosed, parts = stack.pop()
+                    stack[-1][2].extend([unclosed, *parts])
+                begin, opener, parts = stack.pop()
+                inside = "".join(parts)
+                if self.bracket(inside, OPENERS[opener], text, begin, len(stack) == 1, found):
+                    stack[-1][2].append(TAKEN * (last - begin))
+                else:
+                    stack[-1][2].extend([opener, inside, sign])
+        return "".join(part for _, sign, parts in stack for part in (sign, *parts)) + text[last:]
+
+    def bracket(self, inside, kind, text, begin, at_root, found):
+        """Read one bracket → whether it was read; otherwise it belongs to the text around it."""
+        words = inside.replace(TAKEN, "")
+        if len(words) < 40 and NOTHING.fullmatch(unlabelled(words)):
+            found.empty = found.empty or TAKEN not in inside
+            return True
+        if not at_root and kind in "(<" and text[begin - 1] not in " \n,;:=([{\"'":
+            return False  # part of a name
+        long_enough = len(inside) > 8  # five fields and four separators
+        if long_enough and self.keyed(inside, found, begin):
+            return True
+        if kind == "{" and TAKEN in inside:  # what has another key is not asked for
+            return True
+        if long_enough and self.fields(inside, found, begin):
+            return True
+        unread = sum("," in match[1] for match in INNERMOST.finditer(inside))
+        if TAKEN in inside:
+            found.malformed += unread
+            found.stray += bool(LETTER.search(words))
+            return True
+        before = text[max(0, begin - 80) : begin].rpartition("\n")[2]
+        in_sentence = kind == "(" and at_root and LETTER.search(unlabelled(before))
+        if self.nested(inside, found, begin) or (not in_sentence and self.five(inside, found, begin)):
+            return True
+        is_label = self.type_of(inside) or self.relation_of(inside) or not LETTER.search(inside)
+        is_item = kind == "[" or (not in_sentence and kind != "<" and len(pieces(inside)) > 2)
+        if len(inside) > 5000 or (at_root and is_item and not is_label):
+            found.malformed += unread or 1
+            return True
+        return False
+
+    def lines(self, text, found):
+        """Read what stands in no brackets: bare items, tables, `Head: …` → the lines without any."""
+        block = []  # neighbouring lines with keys
+        rest = []
+        place = 0
+        for line in [*text.split("\n"), "the end"]:
+            body = line[BULLET.match(line).end() :].strip(BLANK + "*`$")
+            key = KEY.match(body)
+            in_row = key and key[0].strip("* ")[-1] == "|" and body.count("|") > 3  # the head of a table
+            if key and role(key[2].strip()) is not None and not in_row:
+                block.append(body)
+            elif LETTER.search(body):
+                if self.keyed("\n".join(block), found, place):
+                    block = []
+                rest += [body for body in (*block, body) if not self.line(body, found, place)]
+                block = []
+            place += len(line) + 1
+        return rest[:-1]
+
+    def line(self, body, found, place):
+        """Read one line → whether an item was in it."""
+        text = unlabelled(body)
+        read = self.fields(text, found, place) or self.nested(text, found, place)
+        found.stray += read and text != body
+        return read

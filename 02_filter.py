@@ -1,339 +1,431 @@
-"""Keep the best chain of thought of each example: §3.2 and App. B of JMERE-R1.
+"""Stage 2 — keep the best chain of thought of each example (§3.2 and App. B of JMERE-R1).
 
-Re-Prediction Filter: image, text and chain, without labels, go back to the model; the chain stays if the quintuples it then predicts
-equal the gold set. Rule-Based Score Filter: the judge gives integers for common.SCORE_RULES, Python adds them up; below
-`--threshold` of the points is dropped; the best chain per example stays, ties broken at random.
+Re-Prediction Filter: image, text and chain, without labels, go back to the model; the chain stays if the
+quintuples it then predicts equal the gold set. Rule-Based Score Filter: the judge gives integers for
+common.SCORE_RULES, Python adds them up; below `--threshold` of the points is dropped; the best chain per
+example stays, ties broken at random.
 
-Deviations [ours]: rules and prompt wording (the paper describes, but does not print them); a chain that betrays that it saw the
-labels ("the given quintuples") is rejected before anything is paid for it; `--hide-answer`.
+Deviations and decisions
+1. Rules and prompt wording are ours (the paper describes, but does not print them).
+2. A chain that betrays that it saw the labels is rejected before anything is paid for it.
+3. `--hide-answer` strips stated quintuples before re-prediction.
 
-    python 02_filter.py --cot cot.jsonl --out sft.jsonl --price 2.5 10 --dry-run
-    python 02_filter.py --cot cot.jsonl --out sft.jsonl
-    python 02_filter.py --cot cot.jsonl --out ablation.jsonl --no-score             # Table 2
-    python 02_filter.py --cot cot.jsonl --out sft.jsonl --human human.jsonl        # Figure 6
-    python 02_filter.py --cot cot.jsonl --out sft.jsonl --batch submit             # a day later: --batch collect (both passes)
-    python 02_filter.py --cot cot.jsonl --out sft.jsonl --base-url http://127.0.0.1:8000/v1 --judge-model other
+    python 02_filter.py --price 2.5 10 --dry-run                  # runs/cot.jsonl → runs/sft.jsonl
+    python 02_filter.py --report                                  # and a page of candidates, filters, reasons
+    python 02_filter.py --out runs/no-score.jsonl --no-score      # Table 2
+    python 02_filter.py --human human.jsonl                       # Figure 6
+    python 02_filter.py --batch submit                            # a day later: --batch collect (both passes)
+    python 02_filter.py --judge-model other --judge-base-url http://127.0.0.1:8000/v1 --judge-key-env LOCAL
 
-Both filters keep their answers in append-only files: another threshold or seed costs nothing, a killed run goes on.
+Both filters keep their answers in append-only files: another threshold or seed costs nothing, and a killed
+run goes on.
 
 Reads:  --cot, made by 01_distill.py
-        {"id": "tw1", "text": "…", "image": "tw1.jpg", "quintuples": [[…]], "candidate": 0, "cot": "Image Desc…", "status": "ok", …}
+        {"id": "a", "text": "…", "image": "a.jpg", "quintuples": [[…]], "candidate": 0, "cot": "…", …}
 Writes: --out, one row an example: the row of its best candidate and
-        {…, "repredicted": [["Josh Gordon", "per", "Browns", "org", "member of"]], "scores": [2, 2, 2, 1, 1, 2], "score": 1.0}
-        *.reprediction.jsonl and *.score.jsonl (the answers), *.rejected.jsonl (every other candidate, why),
-        *.stats.json (the funnel), *.card.md (the data card), *.human.png
+        {…, "repredicted": [["A", "per", "B", "org", "peer"]], "scores": [2, 2, 2, 1, 1, 2], "score": 1.0}
+        beside it *.reprediction.jsonl and *.score.jsonl (the answers), *.rejected.jsonl (the others, why),
+        *.stats.json (the funnel), *.card.md (the data card), *.human.png, *.report.html
 """
 
-import argparse
 import importlib.util
-import json
-import math
 import random
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
 import common
-from lib import api, ask, data
+from common import at_least
+from lib import agreement, api, ask, data, funnel_page, reply
+
+MADE_BY = "02_filter.py"
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = common.Parser(__doc__)
+    group = parser.add_argument_group("io")
+    group.add_argument("--cot", default="runs/cot.jsonl", help="candidates of 01_distill.py [paper §3.2]")
+    group.add_argument("--out", default="runs/sft.jsonl", help="training data for 03_sft.py [paper §3.2]")
+    group.add_argument(
+        "--image-dir", default="data/img", help="folder of the images, or as --cot says [ours]"
     )
-    io = parser.add_argument_group("files")
-    io.add_argument("--cot", required=True, help="candidates made by 01_distill.py [paper §3.2]")
-    io.add_argument("--out", required=True, help="training data for 03_sft.py, JSONL [paper §3.2]")
-    io.add_argument("--image-dir", help="folder of the images [ours: default as --cot says]")
-    io.add_argument(
-        "--skip-bad",
-        action="store_true",
-        help="drop bad rows and images, and say how many [ours: default stops]",
+    group.add_argument(
+        "--skip-bad", action="store_true", help="drop bad rows and images, with a count [ours: stop]"
+    )
+    group.add_argument("--report", action="store_true", help="write *.report.html, one page [ours: off]")
+    group.add_argument(
+        "--report-examples", type=at_least(1), default=200, help="examples on that page [ours: some 20 MB]"
     )
     model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model", help="predicts again [paper App. B: the model that wrote the chains, the default]"
-    )
+    model.add_argument("--model", help="predicts again [paper App. B: the model that wrote the chains]")
     model.add_argument("--judge-model", help="scores [paper App. B: the same model, the default]")
     model.add_argument("--judge-base-url", help="its server [ours: default --base-url]")
+    model.add_argument("--judge-key-env", help="variable that holds its server's key [ours: --key-env]")
     model.add_argument(
-        "--judge-price", type=float, nargs=2, metavar=("IN", "OUT"), help="its price [ours: default --price]"
+        "--judge-header", action="append", default=[], metavar="NAME=VALUE", help="its headers [ours: none]"
     )
-    algorithm = parser.add_argument_group("algorithm")
-    algorithm.add_argument(
-        "--threshold",
-        type=Fraction,
-        default=Fraction(7, 10),
-        help="lowest share of the points, 0.7 [paper §3.2]",
+    model.add_argument(
+        "--judge-param",
+        action="append",
+        default=[],
+        metavar="NAME=JSON",
+        help="its request fields, temperature among them [ours: default as the model's]",
     )
-    algorithm.add_argument(
-        "--no-reprediction", action="store_true", help="leave that filter out [paper Table 2]"
+    model.add_argument(
+        "--judge-price",
+        type=at_least(0, float),
+        nargs=2,
+        metavar=("IN", "OUT"),
+        help="its price [ours: default --price]",
     )
-    algorithm.add_argument(
-        "--no-score",
-        action="store_true",
-        help="leave that filter out; the chain is drawn at random [paper Table 2]",
+    group = parser.add_argument_group("algorithm")
+    group.add_argument(
+        "--threshold", type=Fraction, default=Fraction(7, 10), help="lowest share of the points [paper §3.2]"
     )
-    algorithm.add_argument(
-        "--hide-answer",
-        action="store_true",
-        help="strip stated quintuples before re-prediction [ours: a harder test]",
+    group.add_argument("--no-reprediction", action="store_true", help="leave that filter out [paper Table 2]")
+    group.add_argument("--no-score", action="store_true", help="leave that filter out [paper Table 2]")
+    group.add_argument(
+        "--hide-answer", action="store_true", help="strip stated quintuples before re-prediction [ours: off]"
     )
-    algorithm.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="breaks ties between equal scores [ours: the paper draws at random]",
-    )
-    algorithm.add_argument(
-        "--human",
-        help='human scores {"id", "candidate", "score"} to compare with; needs matplotlib [paper Figure 6]',
+    group.add_argument("--seed", type=int, default=0, help="breaks ties [ours: the paper draws at random]")
+    group.add_argument(
+        "--human", help='human scores {"id", "candidate", "score"} to compare with [paper Figure 6]'
     )
     api.add_api_arguments(model, parser.add_argument_group("runtime"))
     args = parser.parse_args(argv)
     if not 0 <= args.threshold <= 1:
-        parser.error(f"--threshold {float(args.threshold):g}, expected 0 to 1")
-    if args.human and (args.no_score or not importlib.util.find_spec("matplotlib")):
-        parser.error(
-            "--human compares with the score filter, and draws with matplotlib: leave out --no-score, pip install matplotlib"
-        )
+        parser.error(f"--threshold {float(args.threshold):g}: expected a share, 0 to 1")
+    if args.human and args.no_score:
+        parser.error("--human compares with the score filter: leave out --no-score")
+    if args.human and not importlib.util.find_spec("matplotlib"):
+        parser.error("--human draws with matplotlib: pip install matplotlib")
     return args
+
+
+# -------------------------------------------------------------------------------- what an answer says
+
+
+def prediction_in(row):
+    """The Response of a re-prediction's answer row."""
+    return common.parse_response(reply.spoken(row["response"]), direct=True)
+
+
+def has_prediction(row):
+    response = prediction_in(row)
+    return bool(response.quintuples) or not response.malformed
 
 
 def judge_prediction(row, gold):
     """→ (the quintuples predicted again, None or the reason to reject)."""
     if row is None:
-        return None, "re-prediction: call failed"
-    response = common.parse_response(row["response"], direct=True)
+        return None, "re-prediction: no answer"
+    response = prediction_in(row)
     pred = [list(q) for q in response.quintuples]
     if row["status"] != "ok":
         return pred, f"re-prediction: {row['status']}"
-    if response.malformed:
+    if not has_prediction(row):
         return pred, "re-prediction: unparsed"
-    return pred, None if set(response.quintuples) == set(gold) else "re-prediction: differs from gold"
+    if set(response.quintuples) != set(gold):
+        return pred, "re-prediction: differs from gold"
+    return pred, None
+
+
+def scores_in(row):
+    """The integers of a judgement's answer row, or None."""
+    return common.parse_scores(reply.spoken(row["response"]))
+
+
+def has_scores(row):
+    return scores_in(row) is not None
 
 
 def judge_scores(row, threshold):
     """→ (integers, None or the reason to reject)."""
     if row is None:
-        return None, "score: call failed"
-    scores = common.parse_scores(row["response"]) if row["status"] == "ok" else None
+        return None, "score: no answer"
+    if row["status"] != "ok":
+        return None, f"score: {row['status']}"
+    scores = scores_in(row)
     if scores is None:
-        return None, f"score: {'unparsed' if row['status'] == 'ok' else row['status']}"
-    return scores, None if Fraction(
-        sum(scores), sum(common.POINTS)
-    ) >= threshold else "score: below the threshold"
+        return None, "score: unparsed"
+    if Fraction(sum(scores), sum(common.POINTS)) < threshold:
+        return scores, "score: below the threshold"
+    return scores, None
 
 
-def ask_each(client, candidates, prompts, path, title, args):
-    """One call a candidate → ({(id, candidate): its answer row}, number failed). Answers already in `path` cost nothing."""
-    names = [name_of(candidate) for candidate in candidates]
-    jobs = [
-        client.job({"id": f"{id}#{k}"}, prompt, candidate.image)
-        for (id, k), prompt, candidate in zip(names, prompts, candidates)
-    ]
-    if args.dry_run:
-        ask.print_estimate(client, jobs, 60, title)
-        return {}, 0
-    with ask.AppendFile(path) as out:
-        failed = ask.ask_all(client, jobs, out, batch=args.batch)
-        answers = {row["key"]: row for _, row in data.read_jsonl(path)}
-    return {name: answers[job.key] for name, job in zip(names, jobs) if job.key in answers}, failed
+# -------------------------------------------------------------------------------- the funnel of Figure 7
 
 
-def agreement(path, points, png):
-    """Figure 6: how the judge's points agree with human scores → figures, printed and drawn too. points: {(id, candidate): 0 … ten}."""
-    import matplotlib.figure
-
-    most, pairs, missing = sum(common.POINTS), [], 0
-    for number, row in data.read_jsonl(path):
-        share = row.get("score")
-        if not isinstance(share, int | float) or not 0 <= share <= 1 or not {"id", "candidate"} <= row.keys():
-            raise common.InputError(f'{path}:{number}: expected {{"id": …, "candidate": 0, "score": 0 to 1}}')
-        name = str(row["id"]), row["candidate"]
-        pairs += [(points[name], share)] if name in points else []
-        missing += name not in points
-    if not pairs:
-        raise common.InputError(
-            f"{path}: none of its {missing} candidates was scored by the judge: id and candidate as in --cot"
-        )
-    gaps = [judged / most - human for judged, human in pairs]
-    rated = [
-        (judged, math.floor(human * most + 0.5)) for judged, human in pairs
-    ]  # kappa wants both on one scale: points
-    seen = sum((a - b) ** 2 for a, b in rated)
-    chance = sum((a - b) ** 2 for a, _ in rated for _, b in rated) / len(rated)
-    bins = Counter(math.floor(gap * 10 + 0.5) for gap in gaps)
-    result = {
-        "compared": len(pairs),
-        "not_judged": missing,
-        "mean_absolute_error": sum(map(abs, gaps)) / len(gaps),
-    }
-    result |= {
-        "within_0.1": sum(abs(gap) <= 0.1 + 1e-9 for gap in gaps) / len(gaps),
-        "kappa": 1 - seen / chance if chance else None,
-    }
-    print(f"judge against people: {json.dumps(result)}\njudge − people, candidates")
-    spread = range(min(bins), max(bins) + 1)
-    for gap in spread:
-        print(f"{gap / 10:+5.1f} {bins[gap]:>6} {'#' * round(50 * bins[gap] / max(bins.values()))}")
-    figure = matplotlib.figure.Figure()
-    axes = figure.subplots()
-    axes.bar([gap / 10 for gap in spread], [bins[gap] for gap in spread], width=0.08)
-    axes.set(
-        xlabel="judge − people",
-        ylabel="candidates",
-        title=f"MAE {result['mean_absolute_error']:.3f}, n = {len(pairs)}",
-    )
-    figure.savefig(png)
-    return result | {"histogram": {f"{gap / 10:+.1f}": bins[gap] for gap in spread}}
-
-
-def name_of(candidate):
+def candidate_key(candidate):
     return candidate.id, candidate.row["candidate"]
 
 
-def count(candidates):
-    return len(candidates), len({candidate.id for candidate in candidates})
+class Funnel:
+    """The candidates still alive, why each of the others left, and what the filters said of each."""
+
+    def __init__(self, candidates):
+        self.loaded = candidates
+        self.alive = candidates
+        self.rejected = {}  # candidate key → reason
+        self.new_fields = {candidate_key(c): {} for c in candidates}
+        self.stages = []  # (stage, candidates, distinct candidates, examples): a line of the funnel each
+        self._count("distilled")
+
+    def _count(self, stage):
+        distinct = {(c.id, c.row["cot"] or c.row.get("response")) for c in self.alive}
+        examples = {c.id for c in self.alive}
+        self.stages.append((stage, len(self.alive), len(distinct), len(examples)))
+
+    def keep(self, stage, reasons):
+        """reasons[i]: why candidate i of those alive leaves, or None. Records one line of the funnel."""
+        alive = []
+        for candidate, reason in zip(self.alive, reasons, strict=True):
+            if reason:
+                self.rejected[candidate_key(candidate)] = reason
+            else:
+                alive.append(candidate)
+        self.alive = alive
+        self._count(stage)
+
+    def keep_well_formed(self):
+        """Drop what is no chain, and chains that betray the labels."""
+        statuses = [candidate.row["status"] for candidate in self.alive]
+        self.keep("well formed", [None if status == "ok" else status for status in statuses])
+        leaks = [common.leaked(candidate.row["cot"], candidate.text) for candidate in self.alive]
+        self.keep("no leaked label", [leak and f"leaked label: {leak}" for leak in leaks])
+
+    def reasons(self):
+        """{why candidates left: how many}, leaks counted together, and {phrase of a leak: how many}."""
+        reasons = Counter()
+        leaks = Counter()
+        for reason in self.rejected.values():
+            name, _, phrase = reason.partition(": ")
+            if name == "leaked label":
+                leaks[phrase] += 1
+            reasons[name if name == "leaked label" else reason] += 1
+        return reasons, leaks
+
+    def keep_best(self, seed):
+        """Of each example the candidate with most points; ties are drawn at random."""
+        ranked = {}
+        for candidate in self.alive:
+            points = sum(self.new_fields[candidate_key(candidate)].get("scores") or ())
+            ranked.setdefault(candidate.id, []).append((points, candidate.row["candidate"]))
+        best = set()
+        for id, pairs in ranked.items():
+            most = max(points for points, _ in pairs)
+            ties = sorted(k for points, k in pairs if points == most)
+            best.add((id, random.Random(f"{seed}:{id}").choice(ties)))
+        keys = [candidate_key(candidate) for candidate in self.alive]
+        self.keep("best of its example", [None if key in best else "not the best" for key in keys])
+
+    def points(self):
+        """{candidate key: points} of what the judge has scored."""
+        scored = {key: fields["scores"] for key, fields in self.new_fields.items() if fields.get("scores")}
+        return {key: sum(scores) for key, scores in scored.items()}
+
+    def row(self, candidate, out):
+        """The row of `candidate` in `out`."""
+        key = candidate_key(candidate)
+        row = candidate.row | data.to_row(candidate, out) | self.new_fields[key] | {"filtered_by": MADE_BY}
+        if key in self.rejected:
+            row["reason"] = self.rejected[key]
+        return row
+
+
+def load_candidates(args, paid):
+    """The candidates of the first --limit examples, in the order of their keys; images are looked at."""
+    need = ("quintuples", "candidate", "cot", "status")
+    key = ("id", "candidate")
+    loaded = data.load_examples(args.cot, args.image_dir, need, key=key, skip_bad=args.skip_bad)
+    loaded.sort(key=candidate_key)  # 01 writes as answers come in; the output should not depend on that
+    first_of = {}
+    for candidate in loaded:
+        first_of.setdefault(candidate.id, candidate)
+    firsts = list(first_of.values())[: args.limit]
+    if paid:
+        firsts = data.check_images(firsts, args.skip_bad)
+    ids = {candidate.id for candidate in firsts}
+    return [candidate for candidate in loaded if candidate.id in ids]
+
+
+# -------------------------------------------------------------------------------- the two filters
+
+
+def make_clients(args, candidates):
+    """→ (the client that predicts again, the judge). Raises InputError: which model, which key."""
+    models = sorted({candidate.row.get("model") or "" for candidate in candidates} - {""})
+    if args.model is None and len(models) != 1:
+        raise common.InputError(
+            f"{args.cot}: chains by {len(models)} models ({', '.join(models)}): "
+            "say with --model which predicts again"
+        )
+    client = api.client_of(args, args.model or models[0])
+    judge = api.client_of(args, args.judge_model or client.model)
+    if args.judge_param:
+        fields = {name: api.OUR_FIELDS[name] for name in ("model", "messages", "n", "stream")}
+        judge.params = api.extra_params("--judge-param", args.judge_param, fields)
+    judge.price = args.judge_price or args.price
+    if args.judge_base_url or args.judge_key_env or args.judge_header:
+        key_env = args.judge_key_env or args.key_env
+        judge.server = api.Server(args.judge_base_url or args.base_url, key_env, args.judge_header)
+    elsewhere = judge.server.parts.netloc != client.server.parts.netloc
+    if elsewhere and not args.judge_key_env and not judge.server.brings_key():
+        raise common.InputError(
+            f"--judge-base-url is another server, which {args.key_env} is not sent to: name the variable "
+            "that holds its key with --judge-key-env (a local server takes any value)"
+        )
+    return client, judge
+
+
+def ask_each(client, candidates, prompts, path, args, title, readable):
+    """One call a candidate, unless `path` has it → ({candidate key: its answer row}, how many failed)."""
+    again = ask.asked_again(args.retry, readable)
+    jobs = {}
+    for candidate, prompt in zip(candidates, prompts, strict=True):
+        id, k = candidate_key(candidate)
+        jobs[id, k] = client.job({"id": f"{id}#{k}"}, prompt, candidate.image)
+    wanted = list(jobs.values())
+    failed = 0
+    if args.dry_run:
+        most = title if path.name.endswith(".reprediction.jsonl") else f"{title}, at most"
+        ask.print_estimate(client, wanted, 60, most, path, again)
+    else:
+        with ask.AppendFile(path, f"{MADE_BY} {title}", again) as out:
+            failed = ask.ask_all(
+                client, wanted, out, batch=args.batch, readable=readable, title=title, tokens=60
+            )
+    rows = {}
+    if path.exists():
+        rows = {row["key"]: row for _, row in data.read_jsonl(path)}
+    return {key: rows[job.key] for key, job in jobs.items() if job.key in rows}, failed
+
+
+def predict_again(funnel, client, args, path):
+    """The Re-Prediction Filter → (how many calls failed, whether all that can be answered is)."""
+    prompts = []
+    for candidate in funnel.alive:
+        cot = candidate.row["cot"]
+        if args.hide_answer:
+            cot = common.hide_answer(cot, candidate.quintuples)
+        prompts.append(common.REPREDICT_PROMPT.format(text=candidate.text, cot=cot))
+    answers, failed = ask_each(client, funnel.alive, prompts, path, args, "re-prediction", has_prediction)
+    if args.batch in ask.NO_ANSWERS and len(answers) < len(funnel.alive):
+        return failed, False
+    reasons = []
+    for candidate in funnel.alive:
+        answer = answers.get(candidate_key(candidate))
+        pred, reason = judge_prediction(answer, candidate.quintuples)
+        funnel.new_fields[candidate_key(candidate)]["repredicted"] = pred
+        reasons.append(None if args.dry_run and not answer else reason)
+    funnel.keep("re-prediction equals gold", reasons)
+    return failed, True
+
+
+def score(funnel, judge, args, path):
+    """The Rule-Based Score Filter → (how many calls failed, whether all that can be answered is)."""
+    prompts = [common.SCORE_PROMPT.format(text=c.text, cot=c.row["cot"]) for c in funnel.alive]
+    answers, failed = ask_each(judge, funnel.alive, prompts, path, args, "score", has_scores)
+    if args.batch in ask.NO_ANSWERS and len(answers) < len(funnel.alive):
+        return failed, False
+    reasons = []
+    for candidate in funnel.alive:
+        scores, reason = judge_scores(answers.get(candidate_key(candidate)), args.threshold)
+        share = scores and sum(scores) / sum(common.POINTS)
+        funnel.new_fields[candidate_key(candidate)] |= {"scores": scores, "score": share}
+        reasons.append(reason)
+    funnel.keep(f"score at least {float(args.threshold):g}", reasons)
+    return failed, True
+
+
+# -------------------------------------------------------------------------------- main
+
+
+def outputs(args, answers):
+    """{path: mark} of all that this command may write, for check_outputs; answers: {title: answers file}."""
+    ours = f'"filtered_by": "{MADE_BY}"'
+    paths = {args.out: ours, ask.side_file(args.out, ".rejected.jsonl"): ours, **ask.beside(args.out)}
+    for path in answers.values():
+        paths |= ask.beside_answers(path)
+    if args.human:
+        paths[ask.side_file(args.out, ".human.png")] = MADE_BY
+    if args.report:
+        paths[ask.side_file(args.out, ".report.html")] = MADE_BY
+    return paths
+
+
+def write_rows(funnel, out):
+    kept = [funnel.row(candidate, out) for candidate in funnel.alive]
+    rejected = [funnel.row(c, out) for c in funnel.loaded if candidate_key(c) in funnel.rejected]
+    rejected_path = ask.side_file(out, ".rejected.jsonl")
+    ask.write_whole(rejected_path, "".join(map(data.jsonl_line, rejected)))
+    ask.write_whole(out, "".join(map(data.jsonl_line, kept)))
+    if not kept:
+        raise common.Stopped(f"no example is left, see {rejected_path} for the reasons")
 
 
 @common.exit_codes
 def main(args):
-    params, out = api.request_params(args), Path(args.out)
-    paid = not (args.no_reprediction and args.no_score)
-    if paid and not args.dry_run:
-        api.ChatClient.require_key()
-
-    # 1. candidates, every fault found before the first paid call
-    need = ("quintuples", "candidate", "cot", "status")
-    loaded = data.load_examples(
-        args.cot, args.image_dir, need, key=("id", "candidate"), skip_bad=args.skip_bad
-    )
-    loaded.sort(key=name_of)  # 01 writes as answers come in; the output should not depend on that
-    firsts = list({example.id: example for example in reversed(loaded)}.values())[::-1][: args.limit]
-    ids = (
-        {example.id for example in data.check_images(firsts, args.skip_bad)}
-        if paid
-        else {example.id for example in firsts}
-    )
-    alive = [candidate for candidate in loaded if candidate.id in ids]
-    stages, rejected, failed, extra = (
-        [("distilled", *count(alive))],
-        {},
-        0,
-        {},
-    )  # rejected: (id, candidate) → reason; extra: → new fields
-
-    def keep(stage, reasons):
-        """Drop the candidates with a reason; one line of the funnel."""
-        nonlocal alive
-        rejected.update((name_of(c), reason) for c, reason in zip(alive, reasons, strict=True) if reason)
-        alive = [candidate for candidate in alive if name_of(candidate) not in rejected]
-        stages.append((stage, *count(alive)))
-
-    keep("well formed", [None if c.row["status"] == "ok" else c.row["status"] for c in alive])
-    leaks = [common.leaked(c.row["cot"], c.text) for c in alive]
-    keep("no leaked label", [leak and f"leaked label: {leak}" for leak in leaks])
-
-    # 2. who answers
-    models = sorted({c.row.get("model") or "" for c in loaded})
-    if paid and args.model is None and (len(models) > 1 or not models[0]):
-        raise common.InputError(
-            f"{args.cot}: chains by {len(models)} models ({', '.join(models)}): say with --model which predicts again"
-        )
-    model = args.model or models[0]
-    limits = (args.concurrency, args.timeout)
-    client = api.ChatClient(model, args.base_url, *limits, args.price, args.budget, params)
-    judge_url, judge_price = args.judge_base_url or args.base_url, args.judge_price or args.price
-    judge = api.ChatClient(args.judge_model or model, judge_url, *limits, judge_price, args.budget, params)
-
-    # 3. Re-Prediction Filter
+    out = Path(args.out)
+    files = {}  # of the filters that run: title → answers file
+    prompts = {}
     if not args.no_reprediction:
-        cots = [
-            common.hide_answer(c.row["cot"], c.quintuples) if args.hide_answer else c.row["cot"]
-            for c in alive
-        ]
-        prompts = [common.REPREDICT_PROMPT.format(text=c.text, cot=cot) for c, cot in zip(alive, cots)]
-        answers, failed = ask_each(
-            client, alive, prompts, out.with_suffix(".reprediction.jsonl"), "re-prediction", args
-        )
-        if args.batch == "submit" and len(answers) < len(alive):
-            return 0  # --batch collect goes on from here
-        verdicts = [judge_prediction(answers.get(name_of(c)), c.quintuples) for c in alive]
-        extra = {name_of(c): {"repredicted": pred} for c, (pred, _) in zip(alive, verdicts)}
-        if not args.dry_run:
-            keep("re-prediction equals gold", [reason for _, reason in verdicts])
-
-    # 4. Rule-Based Score Filter
+        files["re-prediction"] = ask.side_file(out, ".reprediction.jsonl")
+        prompts["re-prediction"] = common.REPREDICT_PROMPT
     if not args.no_score:
-        judge.spent = client.spent  # one budget for both
-        prompts = [common.SCORE_PROMPT.format(text=c.text, cot=c.row["cot"]) for c in alive]
-        answers, more = ask_each(
-            judge, alive, prompts, out.with_suffix(".score.jsonl"), "score, at most", args
-        )
-        if args.batch == "submit" and len(answers) < len(alive):
-            return 0
-        failed += more
-        verdicts = [judge_scores(answers.get(name_of(c)), args.threshold) for c in alive]
-        for candidate, (scores, _) in zip(alive, verdicts):
-            share = scores and sum(scores) / sum(common.POINTS)
-            extra.setdefault(name_of(candidate), {}).update(scores=scores, score=share)
+        files["score"] = ask.side_file(out, ".score.jsonl")
+        prompts["score"] = common.SCORE_PROMPT
+
+    # 1. Candidates, and who answers. Every fault is found before the first paid call.
+    data.existing("--cot", args.cot, "01_distill.py writes it")
+    ask.check_outputs(outputs(args, files), inputs=[args.cot, args.human])
+    human = agreement.read_human(args.human) if args.human else {}
+    funnel = Funnel(load_candidates(args, paid=bool(files)))
+    stats = {"threshold": float(args.threshold), "seed": args.seed, "finished": False}
+    client = judge = None
+    if files:
+        client, judge = make_clients(args, funnel.loaded)
+        stats |= {"model": client.model, "server": client.server.shown, "params": client.params}
+        stats |= {
+            "judge_model": judge.model,
+            "judge_server": judge.server.shown,
+            "judge_params": judge.params,
+        }
+    if files and not args.dry_run:
+        client.check()
+        judge.check()
+    funnel.keep_well_formed()
+    failed = 0
+    complete = True
+    try:
+        # 2. Re-Prediction Filter
+        if not args.no_reprediction:
+            failed, complete = predict_again(funnel, client, args, files["re-prediction"])
+
+        # 3. Rule-Based Score Filter
+        if complete and not args.no_score:
+            judge.spent = client.spent  # one budget for both
+            more, complete = score(funnel, judge, args, files["score"])
+            failed += more
+
+        # 4. The best chain of each example
+        if complete and not args.dry_run:
+            funnel.keep_best(args.seed)
+            stats["finished"] = True
+            if human:
+                points = funnel.points()
+                stats["human"] = agreement.agreement(human, points, ask.side_file(out, ".human.png"))
+            write_rows(funnel, out)
+    finally:
+        # 5. Figure 7 and the data card, however it ends
         if not args.dry_run:
-            keep(f"score at least {float(args.threshold):g}", [reason for _, reason in verdicts])
-    if args.dry_run:
-        return 0
-
-    # 5. the best chain of each example, ties at random
-    best = {}
-    for candidate in alive:
-        points = sum(extra.get(name_of(candidate), {}).get("scores") or ())
-        best.setdefault(candidate.id, []).append((points, candidate.row["candidate"]))
-    for id, ranked in best.items():
-        top = sorted(k for points, k in ranked if points == max(ranked)[0])
-        best[id] = random.Random(f"{args.seed}:{id}").choice(top)
-    keep(
-        "best of its example",
-        [None if best[c.id] == c.row["candidate"] else "not the best of its example" for c in alive],
-    )
-
-    # 6. write
-    def line(candidate):
-        return candidate.row | data.to_row(candidate, out) | extra.get(name_of(candidate), {})
-
-    lines = [line(c) | {"reason": rejected[name_of(c)]} for c in loaded if name_of(c) in rejected]
-    data.write_atomic(out.with_suffix(".rejected.jsonl"), "".join(map(data.jsonl_line, lines)))
-    data.write_atomic(out, "".join(data.jsonl_line(line(c)) for c in alive))
-    reasons = Counter(
-        reason.partition(": ")[0] if reason.startswith("leaked") else reason for reason in rejected.values()
-    )
-    stats = {
-        "leaks": Counter(leak for leak in leaks if leak),
-        "dollars": max(client.spent, judge.spent) if args.price else None,
-    }
-    stats |= {
-        "model": model,
-        "judge_model": judge.model,
-        "params": params,
-        "threshold": float(args.threshold),
-        "seed": args.seed,
-    }
-    if args.human:
-        points = {name: sum(new["scores"]) for name, new in extra.items() if new.get("scores")}
-        stats["human"] = agreement(args.human, points, out.with_suffix(".human.png"))
-    prompts = {"re-prediction": common.REPREDICT_PROMPT, "score": common.SCORE_PROMPT}
-    asked = {
-        name: prompt for name, prompt in prompts.items() if not getattr(args, f"no_{name.replace('-', '')}")
-    }
-    ask.write_data_card(
-        out,
-        stages,
-        reasons,
-        stats,
-        asked,
-        [out.with_suffix(f".{name.replace('-', '')}.jsonl") for name in asked],
-    )
-    if not alive:
-        raise common.Stopped(f"no example is left, see {out.with_suffix('.rejected.jsonl')} for the reasons")
+            if files and args.price:
+                stats["dollars"] = max(client.spent, judge.spent)
+            reasons, stats["leaks"] = funnel.reasons()
+            ask.write_data_card(out, funnel.stages, reasons, stats, prompts, files.values())
+            if args.report:
+                rows = [funnel.row(candidate, out) for candidate in funnel.loaded]
+                funnel_page.write(out, rows, funnel.stages, args.report_examples, MADE_BY)
     return 1 if failed else 0
 
 

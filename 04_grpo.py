@@ -30,10 +30,11 @@ import argparse
 import time
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 import common
 from common import above, at_least
-from lib import checks, lora, rollout, training, vlm
+from lib import checks, lora, rollout, served, training, vlm
 from lib.run import Run
 
 # B prompts a rank and step   G responses a prompt   N responses of a packed row   C completion tokens
@@ -67,6 +68,7 @@ def parse_args(argv=None):
         "--rollout-rows", type=at_least(1), help="responses drawn at once, for memory [ours: all of a step]"
     )
     group.add_argument("--static-cache", action="store_true", help=rollout.STATIC_CACHE_HELP)
+    served.add_arguments(group)
     group = parser.add_argument_group("algorithm")
     group.add_argument(
         "--alpha", type=float, default=0.2, help="weight of the partial reward, Eq. 5 [paper App. A]"
@@ -144,12 +146,21 @@ def token_weight(length, responses, tokens):
     return 1 / (responses * length)
 
 
-def grpo_loss(logps, old_logps, ref_logps, advantages, weights, kl_coef):
+def rollout_weight(logps, samples, cap):
+    """What the policy term of each token is weighted with: min(π / π of the server that drew it, cap), since
+    its arithmetic is not ours; 1 where no server did. logps [N, C] → [N, C]. VARIANT: a weight a response."""
+    if cap is None:
+        return torch.ones_like(logps)
+    drawn = [torch.tensor(sample.logps, device=logps.device) for sample in samples]
+    return torch.exp(logps - pad_sequence(drawn, batch_first=True)).clamp(max=cap)
+
+
+def grpo_loss(logps, old_logps, ref_logps, advantages, weights, kl_coef, importance=1.0):
     """Eq. 7: −[ratio · A − λ · k3], summed over tokens with their weights. VARIANT: clipping, other KL
     estimators.
 
-    logps [N, C] with graph; old_logps, ref_logps [N, C]; advantages [N]; weights [N, C], 0 on padding → loss,
-    KL (scalars).
+    logps [N, C] with graph; old_logps, ref_logps [N, C]; advantages [N]; weights [N, C], 0 on padding;
+    importance [N, C] of samples that another engine drew → loss, KL (scalars).
     """
     assert (
         logps.shape == old_logps.shape == ref_logps.shape == weights.shape
@@ -158,7 +169,7 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, weights, kl_coef):
     ratio = torch.exp(logps - old_logps)  # [N, C], 1 in value: one update a batch
     gap = ref_logps - logps
     per_token_kl = torch.exp(gap) - gap - 1  # k3, never negative
-    per_token_loss = -(ratio * advantages[:, None] - kl_coef * per_token_kl)
+    per_token_loss = -(importance * ratio * advantages[:, None] - kl_coef * per_token_kl)
     return (per_token_loss * weights).sum(), (per_token_kl * weights).sum().detach()
 
 
@@ -293,13 +304,16 @@ def main(args):
         config, dtype = training.read_ds_config(args, ranks)
         train, val = training.load_splits(args, ("quintuples",))
         processor = vlm.load_processor(args.model, args.min_pixels, args.max_pixels)
-    train, val, content = checks.usable_splits(train, val, processor, dtype, args, ranks)
+        server = served.connect(args, processor, ranks)
+    train, val, content = checks.usable_splits(train, val, processor, dtype, args, ranks, server)
     with ranks.together():
         training.check_sizes(args, batch_prompts, len(train))
     run = Run(args, ranks, content, batch_prompts)
     with ranks.together():
         model = load_policy(args, processor, dtype, ranks.device)
     checks.prove(model, processor, train[0], args, ranks)
+    if server:
+        server.prove(common.PROMPTS[args.prompt].format(text=train[0].text), train[0].image)
     # a number is wanted; 3c marks the last step
     engine = training.make_engine(model, args, config, args.batch_size)
 
@@ -325,6 +339,8 @@ def main(args):
         # 3a. Rollout: G responses of the current policy to each prompt
         training.say(bar, "sampling")
         model.eval()  # KEEP: generation in train() under gradient checkpointing is silently wrong
+        if server:
+            server.publish(model)
         with ranks.together():
             items = [
                 (common.PROMPTS[args.prompt].format(text=example.text), example.image) for example in batch
@@ -332,12 +348,16 @@ def main(args):
             prompts = vlm.encode(model, processor, items)
             # KEEP: keyed by the place in the whole batch, so that 2 ranks draw the samples that 1 rank would
             keys = [(args.seed, step, place) for place in places]
-            samples, _ = rollout.sample_in_parts(
-                *(model, processor, prompts, args.group_size, args.max_new_tokens, args.temperature),
-                rows=args.rollout_rows or args.batch_size * args.group_size,
-                keys=keys,
-                static=args.static_cache,
-            )
+            drawing = args.group_size, args.max_new_tokens, args.temperature
+            if server:
+                samples = server.sample(items, *drawing, keys=keys)
+            else:
+                samples, _ = rollout.sample_in_parts(
+                    *(model, processor, prompts, *drawing),
+                    rows=args.rollout_rows or args.batch_size * args.group_size,
+                    keys=keys,
+                    static=args.static_cache,
+                )
             sampled = time.perf_counter()
 
             # 3b. Rewards and advantages
@@ -361,7 +381,7 @@ def main(args):
             1, *ranks.gather(len(rows))
         )  # KEEP: the same on every rank, or they wait for each other for ever
         training.say(bar, "update")
-        sums = dict.fromkeys(("loss", "kl", "entropy", "gap"), 0.0)
+        sums = dict.fromkeys(("loss", "kl", "entropy", "gap", "importance"), 0.0)
         with training.out_of_memory("--pack-tokens, --gradient-checkpointing or a smaller --batch-size"):
             for micro in range(micro_steps):
                 engine.set_gradient_accumulation_boundary(micro == micro_steps - 1)
@@ -385,11 +405,16 @@ def main(args):
                     ]
                     weights = torch.tensor(weights, device=ranks.device)[:, None] * completion_mask  # [N, C]
                     scale = advantages[prompt, row].to(ranks.device)  # [N]
-                    loss, kl = grpo_loss(logps, old_logps, ref_logps, scale, weights, args.kl_coef)
+                    responses = [samples[prompt][i] for i in row]
+                    importance = rollout_weight(old_logps, responses, args.rollout_cap)  # [N, C]
+                    loss, kl = grpo_loss(
+                        logps, old_logps, ref_logps, scale, weights, args.kl_coef, importance
+                    )
                     sums["loss"] += loss.item()
                     sums["kl"] += kl.item()
                     sums["entropy"] += entropy.sum().item()
-                    sums["gap"] += sampling_gap(old_logps, [samples[prompt][i] for i in row])
+                    sums["gap"] += sampling_gap(old_logps, responses)
+                    sums["importance"] += (importance * completion_mask).sum().item()
                 else:
                     loss = training.zero_loss(model)
                 engine.backward(
@@ -411,6 +436,9 @@ def main(args):
         row["loss"] = sums["loss"]
         row["entropy"] = sums["entropy"] / max(1, sums["tokens"])
         row["sampling_gap"] = sums["gap"] / max(1, sums["tokens"])
+        if server:
+            row["rollout_weight"] = sums["importance"] / max(1, sums["tokens"])
+            server.check_gap(run, row["sampling_gap"])
         row["lr"] = lr
         row["grad_norm"] = float(engine.get_global_grad_norm())
         row["waste"] = 1 - sums["needed"] / max(1, sums["computed"])
@@ -440,6 +468,8 @@ def main(args):
         if run.finish_step(engine, step + 1, total, validated):
             break
     bar.close()
+    if server:
+        server.close()
     run.say_done(total)
 
 

@@ -287,17 +287,15 @@ def ask_server(args, examples, known, out):
     prompt, path = args.prompt or "direct", out / "answers.jsonl"
     template = common.REASON_PROMPT if prompt == "reason" else common.DIRECT_PROMPT
     params = api.request_params(args)
-    client = api.ChatClient(
-        args.model, args.base_url, args.concurrency, args.timeout, args.price, args.budget, params
-    )
+    client = api.client_of(args, args.model)
     jobs = {
         e.id: client.job(data.to_row(e, path), template.format(text=e.text), e.image, args.samples)
         for e in known.values()
     }
     wanted = [jobs[e.id] for e in examples]
     if args.dry_run:
-        return ask.print_estimate(client, wanted, 300, "predict")
-    client.require_key()
+        return ask.print_estimate(client, wanted, 300, "predict", path)
+    client.check()
     settings = {
         "model": args.model,
         "params": params,
@@ -307,14 +305,14 @@ def ask_server(args, examples, known, out):
         if fault := take(args, out, stack):
             raise fault
         stored(out, known, settings)
-        file = stack.enter_context(ask.AppendFile(path))
+        file = stack.enter_context(ask.AppendFile(path, "05_eval.py", ask.asked_again(args.retry)))
         for number, row in data.read_jsonl(path):
             if row["id"] in jobs and row["key"] != jobs[row["id"]].key:
                 raise InputError(
                     f"{path}:{number}: answers another prompt, image or model than this command: use another --out, or --fresh"
                 )
         failed, answers = ask.ask_all(client, wanted, file, batch=args.batch), defaultdict(list)
-        if args.batch == "submit":
+        if args.batch in ask.NO_ANSWERS:
             return None  # --batch collect goes on from here
         for _, row in data.read_jsonl(
             path

@@ -47,6 +47,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description):
         super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")  # a latin-1 terminal shows ? for what it lacks
 
     def error(self, message):
         message = re.sub(r"^argument (\S+): ", r"\1 ", message)

@@ -14,22 +14,20 @@ would hide the figure. In TRL's favour: on a CPU its fused head would score prom
 to its GPU behaviour. Gradient checkpointing is off, a group is a backward pass, use_bias_correction_kl is
 False (our k3).
 
-    python -m bench.bench_grpo --prompt-tokens 512 --completion-tokens 128 --group-size 8 --prompts 2 python
-    -m bench.bench_grpo --completion-tokens 200 --shortest 30 --prompts 2                # ragged lengths
-    python -m bench.bench_grpo --ways ours engine --prompts 2                                   # DeepSpeed's
-    share python -m bench.bench_grpo --group-size 2 4 8 16 32 --prompt-tokens 128 384 768 --ways ours plain
-    # a table python -m bench.bench_grpo --arch llava --hidden 64 --layers 2 --heads 4 --kv-heads 2 --ffn 128
-    --vocab 1000 \\
-        --prompt-tokens 160 --completion-tokens 16 --rounds 1                                   # seconds
+    python -m bench.bench_grpo --prompt-tokens 512 --completion-tokens 128 --group-size 8 --prompts 2
+    python -m bench.bench_grpo --completion-tokens 200 --shortest 30 --prompts 2       # ragged lengths
+    python -m bench.bench_grpo --ways ours engine --prompts 2                          # DeepSpeed's share
+    python -m bench.bench_grpo --group-size 2 8 32 --prompt-tokens 128 384 --ways ours plain         # a table
+    python -m bench.bench_grpo --arch llava --hidden 64 --layers 2 --heads 4 --kv-heads 2 --ffn 128 \\
+        --vocab 1000 --prompt-tokens 160 --completion-tokens 16 --rounds 1             # seconds
     # the 7B's shape with random weights, on a GPU of 80 GB
-    python -m bench.bench_grpo --device cuda --dtype bf16 --static-cache --hidden 3584 --layers 28 --heads 28
-    \\
-        --kv-heads 4 --ffn 18944 --vocab 152064 --lora-rank 128 --prompt-tokens 700 --completion-tokens 256
-        --prompts 2
+    python -m bench.bench_grpo --device cuda --dtype bf16 --static-cache --hidden 3584 --layers 28 \\
+        --heads 28 --kv-heads 4 --ffn 18944 --vocab 152064 --lora-rank 128 \\
+        --prompt-tokens 700 --completion-tokens 256
 
 Reads:  nothing; needs `trl` and `datasets` for TRL's ways.
-Writes: OUT, if given: a line {"way": "ours", "measured": "time", "P": 512, "C": 128, "G": 8, "B": 2, "cpu":
-33.1, …} """
+Writes: OUT, if given: a line {"way": "ours", "measured": "time", "P": 512, "C": 128, "G": 8, "B": 2, …}
+"""
 
 import argparse
 import itertools
@@ -97,59 +95,77 @@ def parse_args(argv=None):
 
 def draw_lengths(args, prompts, group_size, longest):
     """[B][G] tokens of the responses; one of them has C."""
-    if args.shortest is None:
-        return [[longest] * group_size for _ in range(prompts)]
+    shortest = args.shortest or longest
     rng = random.Random(0)
-    lengths = [[rng.randint(args.shortest, longest) for _ in range(group_size)] for _ in range(prompts)]
+    lengths = []
+    for _ in range(prompts):
+        group = [rng.randint(shortest, longest) for _ in range(group_size)]
+        lengths.append(group)
     lengths[0][0] = longest
     return lengths
 
 
-def measure(job, measured):
-    """One Job in a process of its own → its row. measured: "time" or "memory"."""
-    command = [sys.executable, "-m", "bench.bench_grpo", *sys.argv[1:], "--child", json.dumps(asdict(job))]
-    environment = MEMORY_ENVIRONMENT if measured == "memory" else {}
+def measure(job, environment):
+    """One Job in a process of its own → its row."""
+    command = [sys.executable, "-m", "bench.bench_grpo", *sys.argv[1:]]
+    command += ["--child", json.dumps(asdict(job))]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     if done.returncode:
         raise common.InputError(f"{job.way}: {done.stderr.strip()[-1500:]}")
     return json.loads(done.stdout.strip().split("\n")[-1])
 
 
-def measure_all(args, folder, prompt_tokens, lengths, sizes):
-    """{way: ([rows of time], [rows of memory])}, the ways in turns."""
-    found = {way: ([], []) for way in args.ways}
-    for measured, rounds in (("time", args.rounds), ("memory", args.memory_rounds)):
-        for _, way in itertools.product(range(rounds), args.ways):
-            row = measure(Job(way, folder, prompt_tokens, lengths), measured)
-            found[way][measured == "memory"].append(row)
-            if args.out:
-                known = {"way": way, "arch": args.arch, "measured": measured, **sizes}
-                with open(args.out, "a", encoding="utf-8") as handle:
-                    handle.write(json.dumps(known | row) + "\n")
+def measure_rounds(jobs, rounds, environment, measured, args, sizes):
+    """{way: [its rows]}, the ways in turns."""
+    found = {job.way: [] for job in jobs}
+    for _, job in itertools.product(range(rounds), jobs):
+        row = measure(job, environment)
+        found[job.way].append(row)
+        if args.out:
+            known = {"way": job.way, "arch": args.arch, "measured": measured, **sizes}
+            with open(args.out, "a", encoding="utf-8") as handle:
+                handle.write(json.dumps(known | row) + "\n")
     return found
 
 
 def summary(times, memories):
     """Medians over the rounds."""
-    row = {name: median(time[name] for time in times) for name in ("cpu", "wall", *PARTS)}
+    row = {}
+    for name in ("cpu", "wall", *PARTS):
+        row[name] = median(time[name] for time in times)
     row["least"] = min(time["cpu"] for time in times)
     row["most"] = max(time["cpu"] for time in times)
-    row["added_mib"] = median(memory["added_mib"] for memory in memories) if memories else float("nan")
+    row["added_mib"] = float("nan")
+    if memories:
+        row["added_mib"] = median(memory["added_mib"] for memory in memories)
     return row
 
 
-def show(found, sizes, floor_seconds):
-    """A line a way; ratios are to the first way."""
-    first = None
-    for way, (times, memories) in found.items():
-        row = summary(times, memories)
-        first = first or row
-        figures = [row[name] for name in ("cpu", "least", "most", "wall", *PARTS)]
-        cells = [f"{figure:{width}.2f}" for figure, width in zip(figures, COLUMNS.values(), strict=True)]
-        ratio, memory_ratio = row["cpu"] / first["cpu"], row["added_mib"] / first["added_mib"]
-        head = f"{sizes['P']:5}{sizes['C']:5}{sizes['G']:4}{sizes['B']:3}  {way:11}"
-        tail = f"{row['added_mib']:11.0f}{ratio:8.2f}x{memory_ratio:9.2f}x{floor_seconds / row['cpu']:8.0%}"
-        print(f"{head}{''.join(cells)}{tail}", flush=True)
+def show(way, row, first, sizes, floor_seconds):
+    """A line of the table; ratios are to the first way."""
+    figures = [row[name] for name in ("cpu", "least", "most", "wall", *PARTS)]
+    cells = []
+    for figure, width in zip(figures, COLUMNS.values(), strict=True):
+        cells.append(f"{figure:{width}.2f}")
+    ratio = row["cpu"] / first["cpu"]
+    memory_ratio = row["added_mib"] / first["added_mib"]
+    head = f"{sizes['P']:5}{sizes['C']:5}{sizes['G']:4}{sizes['B']:3}  {way:11}"
+    tail = f"{row['added_mib']:11.0f}{ratio:8.2f}x{memory_ratio:9.2f}x{floor_seconds / row['cpu']:8.0%}"
+    print(head + "".join(cells) + tail, flush=True)
+
+
+def compare(args, folder, sizes):
+    """The lines of one size."""
+    lengths = draw_lengths(args, sizes["B"], sizes["G"], sizes["C"])
+    jobs = [Job(way, folder, sizes["P"], lengths) for way in args.ways]
+    own, least, rate = floor(args, sizes["P"], lengths)
+    times = measure_rounds(jobs, args.rounds, {}, "time", args, sizes)
+    memories = measure_rounds(jobs, args.memory_rounds, MEMORY_ENVIRONMENT, "memory", args, sizes)
+    rows = {way: summary(times[way], memories[way]) for way in args.ways}
+    for way, row in rows.items():
+        show(way, row, rows[args.ways[0]], sizes, own)
+    print(f"floor: {own:.2f} s, each product at the best rate of its shape; ", end="")
+    print(f"{least:.2f} s at {rate / 1e9:.0f} GFLOP/s, the best of any shape", flush=True)
 
 
 @common.exit_codes
@@ -164,14 +180,9 @@ def main(args):
     print(f"    P    C   G  B  way        {columns}  added MiB  × first  × memory   floor")
     with tempfile.TemporaryDirectory() as folder:
         make_model(args, folder)
-        grid = itertools.product(args.prompt_tokens, args.completion_tokens, args.group_size, args.prompts)
-        for prompt_tokens, longest, group_size, prompts in grid:
-            lengths = draw_lengths(args, prompts, group_size, longest)
-            sizes = {"P": prompt_tokens, "C": longest, "G": group_size, "B": prompts}
-            own, least, rate = floor(args, prompt_tokens, lengths)
-            show(measure_all(args, folder, prompt_tokens, lengths, sizes), sizes, own)
-            rates = f"{own:.2f} s at each shape's best rate, {least:.2f} s at {rate / 1e9:.0f} GFLOP/s, the best of any"
-            print(f"floor: {rates}; responses of {sum(map(sum, lengths))} tokens in all", flush=True)
+        sizes = (args.prompt_tokens, args.completion_tokens, args.group_size, args.prompts)
+        for values in itertools.product(*sizes):
+            compare(args, folder, dict(zip("PCGB", values, strict=True)))
 
 
 if __name__ == "__main__":

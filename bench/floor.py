@@ -2,7 +2,8 @@
 
 It computes each prompt and each response once a pass: P + ΣC positions a prompt. Counted are the linear
 layers and attention of sampling, reference pass, policy pass and the policy's d input (the base is frozen),
-and the head. LoRA, norms, softmax and the update are left out, so no step reaches it."""
+and the head. LoRA, norms, softmax and the update are left out, so no step reaches it.
+"""
 
 from collections import Counter
 from functools import partial

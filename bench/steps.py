@@ -143,21 +143,25 @@ def measure_ours(job, args):
     items = make_items(processor, job.model, len(job.lengths), job.prompt_tokens)
     update = engine_update(model, job, args) if job.way == "engine" else plain_update(model)
     base = settled_memory(model)
-    step_of_ours(model, processor, items, warm_up(job), update, job.way, args)
+    step_of_ours(Clock(), model, processor, items, warm_up(job), update, job.way, args.static_cache)
     reset_peak()
-    row = step_of_ours(model, processor, items, job.lengths, update, job.way, args)
-    return row | {"added_mib": memory("VmHWM") - base}
+    clock = Clock()
+    step_of_ours(clock, model, processor, items, job.lengths, update, job.way, args.static_cache)
+    return clock.row() | {"added_mib": memory("VmHWM") - base}
 
 
 def warm_up(job):
     return [[WARM_UP] * len(group) for group in job.lengths]
 
 
-def step_of_ours(model, processor, items, lengths, update, way, args):
-    clock = Clock()
+def step_of_ours(clock, model, processor, items, lengths, update, way, static=False):
+    """Encode, sample, score, update. clock: has part(name), told "sampling" and "reference".
+
+    lengths: [B][G]; update(loss, last): takes the loss of one prompt of `items`.
+    """
     with clock.part("sampling"):
         prompts = vlm.encode(model, processor, items)
-        samples = sample(model, processor, prompts, lengths, args.static_cache)
+        samples = sample(model, processor, prompts, lengths, static)
     losses = []
     for prompt, group in zip(prompts, samples, strict=True):
         ids = [sample.completion_ids for sample in group]
@@ -168,7 +172,6 @@ def step_of_ours(model, processor, items, lengths, update, way, args):
         loss = grpo_loss(logps, ref_logps, random_advantages(len(ids), logps.device), mask)
         losses.append(loss.item())
         update(loss / len(prompts), last=len(losses) == len(prompts))
-    return clock.row()
 
 
 def sample(model, processor, prompts, lengths, static):
@@ -274,119 +277,135 @@ class EndAt(LogitsProcessor):
 
 
 def measure_trl(job, args):
-    """→ what measure_ours returns.
-
-    Its fused head would score prompt positions on a CPU too; it is held to its GPU behaviour, completions
-    only."""
-    import trl.trainer.utils
-    from datasets import Dataset
-    from peft import LoraConfig
-    from trl import GRPOTrainer
-
-    trl.trainer.utils._use_triton = lambda device: True
+    """→ what measure_ours returns."""
     processor = vlm.load_processor(job.model)
     model = AutoModelForImageTextToText.from_pretrained(
         job.model, dtype=vlm.DTYPES[args.dtype], attn_implementation="sdpa"
     )
-    rows = []
-    for text, path in make_items(processor, job.model, len(job.lengths), job.prompt_tokens):
-        rows.append({"prompt": [{"role": "user", "content": text}], "image": Image.open(path)})
-    adapter = LoraConfig(
-        r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=lora.TARGETS, task_type="CAUSAL_LM"
-    )
-    watch = make_watch(job)
-    trainer = GRPOTrainer(
-        model,
-        watch.reward,
-        trl_config(job, args),
-        Dataset.from_list(rows),
-        processing_class=processor,
-        peft_config=adapter,
-        callbacks=[watch],
-    )
-    watch.trainer = trainer
-    watch.generate = trainer.model.generate
-    watch.base = settled_memory(model)
-    trainer.train()
-    return watch.row
+    model = lora.add_lora(model.requires_grad_(False), args.lora_rank, args.lora_rank)
+    items = make_items(processor, job.model, len(job.lengths), job.prompt_tokens)
+    config = trl_config(job, use_cpu=args.device == "cpu", bf16=args.dtype == "bf16")
+    trainer = make_trainer(model, processor, items, config)
+    base = settled_memory(model)
+    row = {}
+
+    def begin():
+        reset_peak()
+        row["clock"] = Clock()
+        return row["clock"]
+
+    def end():
+        row.update(row.pop("clock").row() | {"added_mib": memory("VmHWM") - base})
+
+    run_trl(trainer, [warm_up(job), job.lengths], begin, end)
+    return row
 
 
-def trl_config(job, args):
+def trl_config(job, **options):
+    """GRPOConfig of our step: a group is a backward pass, k3 is ours, nothing is recomputed."""
     from trl import GRPOConfig
 
     return GRPOConfig(
         output_dir=str(Path(job.model) / "trl"),
-        use_cpu=args.device == "cpu",
-        bf16=args.dtype == "bf16",
         gradient_checkpointing=False,
-        per_device_train_batch_size=len(job.lengths[0]),  # a group is a backward pass, as in ours
+        per_device_train_batch_size=len(job.lengths[0]),
         gradient_accumulation_steps=len(job.lengths),
         num_generations=len(job.lengths[0]),
         max_completion_length=max(map(max, job.lengths)),
         cache_implementation="static" if job.way == "trl-static" else None,
-        max_steps=2,
         learning_rate=LR,
         beta=KL_COEF,
-        use_bias_correction_kl=False,  # our k3
+        use_bias_correction_kl=False,
         loss_type="grpo",
         temperature=1.0,
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
+        **options,
     )
 
 
-def make_watch(job):
-    """A callback that gives the responses their lengths and measures TRL's second step."""
+def make_trainer(model, processor, items, config):
+    """GRPOTrainer, with rewards drawn at random.
+
+    Its fused head would score prompt positions on a CPU too; it is held to its GPU behaviour, completions
+    only."""
+    import trl.trainer.utils
+    from datasets import Dataset
+    from trl import GRPOTrainer
+
+    def reward(completions, completion_ids, **kwargs):
+        trainer.found_lengths = [len(ids) for ids in completion_ids]
+        return torch.rand(len(completions)).tolist()
+
+    trl.trainer.utils._use_triton = lambda device: True
+    rows = []
+    for text, path in items:
+        rows.append({"prompt": [{"role": "user", "content": text}], "image": Image.open(path)})
+    trainer = GRPOTrainer(model, reward, config, Dataset.from_list(rows), processing_class=processor)
+    trainer.model.delete_adapter("ref")  # a copy of a fresh LoRA: the base is the reference, as in ours
+    return trainer
+
+
+def run_trl(trainer, steps, begin, end):
+    """A step for each of `steps`, [B][G] lengths of its responses; the last is between begin() and end().
+
+    begin: returns a clock, which is told "sampling" and "reference".
+    """
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):
         def on_step_begin(self, config, state, control, **kwargs):
-            self.lengths = job.lengths if state.global_step else warm_up(job)
-            flat = [length for group in self.lengths for length in group]
-            trainer = self.trainer
-            trainer.generation_config.max_new_tokens = max(flat)
-            end_at = EndAt(flat, trainer.eos_token_ids)
-
-            def generate(*args, **kwargs):
-                return self.generate(*args, **kwargs, logits_processor=[end_at])
-
-            trainer.model.generate = generate
-            if state.global_step == 1:
-                reset_peak()
-                self.clock = Clock()
-                self.time(trainer)
-
-        def time(self, trainer):
-            """From here on the clock runs in what samples, and in what scores without a gradient."""
-            sampling = trainer._generate
-            scoring = trainer._get_per_token_logps_and_entropies
-
-            def timed_sampling(*args, **kwargs):
-                with self.clock.part("sampling"):
-                    return sampling(*args, **kwargs)
-
-            def timed_scoring(*args, **kwargs):
-                if torch.is_grad_enabled():
-                    return scoring(*args, **kwargs)
-                with self.clock.part("reference"):
-                    return scoring(*args, **kwargs)
-
-            trainer._generate = timed_sampling
-            trainer._get_per_token_logps_and_entropies = timed_scoring
+            set_lengths(trainer, flat(steps[state.global_step]))
+            if state.global_step == len(steps) - 1:
+                time_trl(trainer, begin())
 
         def on_step_end(self, config, state, control, **kwargs):
-            if state.global_step == 2:
-                self.row = self.clock.row() | {"added_mib": memory("VmHWM") - self.base}
+            check_lengths("TRL", trainer.found_lengths, flat(steps[state.global_step - 1]))
+            if state.global_step == len(steps):
+                end()
 
-        def reward(self, completions, completion_ids, **kwargs):
-            found = [len(ids) for ids in completion_ids]
-            check_lengths("TRL", found, [length for group in self.lengths for length in group])
-            return torch.rand(len(completions)).tolist()
+    trainer.args.max_steps = len(steps)
+    trainer.add_callback(Watch())
+    trainer.train()
 
-    watch = Watch()
-    watch.reward.__func__.__name__ = "reward"
-    return watch
+
+def set_lengths(trainer, lengths):
+    """The rows that TRL samples next end at `lengths` [N]."""
+    trainer.generation_config.max_new_tokens = max(lengths)
+    if min(lengths) == max(lengths):
+        trainer.generation_config.min_new_tokens = max(lengths)
+        return
+    end_at = EndAt(lengths, trainer.eos_token_ids)
+    generate = type(trainer.model).generate.__get__(trainer.model)
+
+    def generate_to_length(*args, **kwargs):
+        return generate(*args, **kwargs, logits_processor=[end_at])
+
+    trainer.model.generate = generate_to_length
+
+
+def flat(lengths):
+    return [length for group in lengths for length in group]
+
+
+def time_trl(trainer, clock):
+    """From here on `clock` is told when TRL samples, and when it scores without a gradient."""
+    sampling = trainer._generate
+    scoring = trainer._get_per_token_logps_and_entropies
+
+    def timed_sampling(*args, **kwargs):
+        with clock.part("sampling"):
+            return sampling(*args, **kwargs)
+
+    def timed_scoring(*args, **kwargs):
+        if torch.is_grad_enabled():
+            return scoring(*args, **kwargs)
+        with clock.part("reference"):
+            return scoring(*args, **kwargs)
+
+    trainer._generate = timed_sampling
+    trainer._get_per_token_logps_and_entropies = timed_scoring
 
 
 WAYS = {

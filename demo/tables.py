@@ -169,16 +169,18 @@ def show(title, folders, runs, figures=scores):
     print_rows(rows)
 
 
-def gain_row(folder):
-    """{column: cell} of one seed: what SFT and GRPO each add to the test F1 and to the test reward.
-
-    GRPO's gain has the paired bootstrap over tweets that 05_eval.py --compare makes.
-    """
-    zero, sft, grpo = (f1(folder / run) for run in ("test-zero", "test-sft", "test-grpo"))
+def paired_gain(folder):
+    """GRPO's gain over CoT-SFT as 05_eval.py --compare has it → ((low, high) in points, p)."""
     runs = [f"{name}={folder / PARADIGMS[name]}" for name in ("CoT-SFT", "JMERE-R1")]
     settings = argparse.Namespace(compare=runs, limit=None, vote="set", tau=0.5, resamples=1000, seed=0)
     compared = next(row for row in scoring.compare(settings, None) if "p" in row)
-    low, high = compared["difference_95"]
+    return [100 * end for end in compared["difference_95"]], compared["p"]
+
+
+def gain_row(folder):
+    """{column: cell} of one seed: what SFT and GRPO each add to the test F1 and to the test reward."""
+    zero, sft, grpo = (f1(folder / run) for run in ("test-zero", "test-sft", "test-grpo"))
+    (low, high), p = paired_gain(folder)
     rewards = [reward(folder / run) for run in ("test-sft", "test-grpo")]
     return {
         "seed": folder.name.removeprefix("seed-"),
@@ -187,8 +189,8 @@ def gain_row(folder):
         "JMERE-R1": f"{grpo:.1f}",
         "from SFT": share(sft - zero, grpo - zero),
         "from GRPO": share(grpo - sft, grpo - zero),
-        "GRPO's gain (95 %)": f"{grpo - sft:+.1f} ({100 * low:.1f} … {100 * high:.1f})",
-        "p": f"{compared['p']:.3f}",
+        "GRPO's gain (95 %)": f"{grpo - sft:+.1f} ({low:.1f} … {high:.1f})",
+        "p": f"{p:.3f}",
         "test reward": " → ".join(f"{value:.2f}" for value in rewards),
     }
 

@@ -1,424 +1,414 @@
-"""Many calls to a chat server: answers file, live and Batch API, price, data card (SPEC §8). Knows no task."""
+"""Many calls to a chat server: live or by batches, their price, the data card (SPEC §8). Knows no task."""
 
 import asyncio
 import contextlib
-import fcntl
 import importlib.metadata
 import json
-import math
-import os
 import platform
 import signal
 import sys
-import tempfile
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
+from urllib.parse import quote
 
-from PIL import Image
 from tqdm import tqdm
 
 from common import InputError, Stopped
 from lib import data
-from lib.api import TOKENS, CallFailed
+from lib.answers import AppendFile, beside, beside_answers, check_outputs, read_stored, side_file, write_whole
+from lib.api import estimate
+from lib.batches import Batches, open_batches, read_state, refuse_beside_batches, requests_in
+from lib.reply import Again, CallFailed
 
-# ------------------------------------------------------------------------------------------------ answers file
+__all__ = [
+    "AppendFile",
+    "ask_all",
+    "asked_again",
+    "beside",
+    "beside_answers",
+    "check_outputs",
+    "print_estimate",
+    "read_stored",
+    "side_file",
+    "write_data_card",
+    "write_whole",
+]
 
-
-class AppendFile:
-    """Append-only JSONL under an exclusive lock. Opening cuts a last line torn by a kill; `done` counts the rows of each key."""
-
-    def __init__(self, path):
-        self.path, self.done, self.usage = Path(path), Counter(), dict.fromkeys(TOKENS, 0.0)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.handle = open(path, "a+b", buffering=0)  # noqa: SIM115, open as long as this object
-            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"{path}: another process writes to it (file lock): wait for it, or choose another --out"
-            ) from None
-        except OSError as error:
-            raise InputError(f"{path}: cannot write ({error.strerror})") from None
-        self._cut_torn_line()
-        for number, row in data.read_jsonl(path):
-            if "key" not in row:
-                raise InputError(
-                    f"{path}:{number}: missing 'key', so this tool did not write it: choose another --out"
-                )
-            self.done[row["key"]] += 1
-            for name in TOKENS if row["usage"] else ():
-                self.usage[name] += row["usage"][name] / row["usage"]["choices"]
-
-    def _cut_torn_line(self):
-        size, tail = self.handle.seek(0, os.SEEK_END), b""
-        while (at := size - len(tail)) and b"\n" not in tail:
-            self.handle.seek(max(0, at - 65536))
-            tail = self.handle.read(at - max(0, at - 65536)) + tail
-        torn = tail.rpartition(b"\n")[2]
-        if torn:
-            self.handle.truncate(size - len(torn))
-            print(f"{self.path}: cut a torn last line of {len(torn)} bytes", file=sys.stderr)
-
-    def append(self, rows):
-        """One write a call: a kill leaves whole lines and at most one torn one."""
-        block = "".join(map(data.jsonl_line, rows)).encode(
-            errors="replace"
-        )  # a server may send half a surrogate pair
-        try:
-            if self.handle.write(block) != len(block):
-                raise OSError(None, "disk full")
-        except OSError as error:
-            raise Stopped(
-                f"{self.path}: cannot write ({error.strerror}): make room; the same command goes on"
-            ) from None
-
-    def add(self, client, job, reply, finish):
-        """One row a choice still wanted, in one write."""
-        cost, first = client.cost(reply.usage or estimate([job], 300)), self.done[job.key]
-        client.spent, client.called, client.calls = (
-            client.spent + cost,
-            client.called + cost,
-            client.calls + 1,
-        )
-        told = {
-            "model_answered": reply.model,
-            "usage": reply.usage and {**reply.usage, "choices": len(reply.choices)},
-        }
-        rows = [
-            {
-                **job.row,
-                "candidate": k,
-                "status": choice.status,
-                "response": choice.text,
-                **told,
-                "finish_reason": choice.finish_reason,
-            }
-            for k, choice in enumerate(reply.choices[: job.n - first], first)
-        ]
-        self.append(finish({**row, **job.stamp, "key": job.key}) for row in rows)
-        self.done[job.key] += len(rows)
-
-    def fail(self, job, error):
-        """A failed job goes to *.errors.jsonl, written anew by each run."""
-        with open(self.path.with_suffix(".errors.jsonl"), "a", encoding="utf-8") as handle:
-            handle.write(
-                data.jsonl_line(
-                    {"id": job.row["id"], "status": "error", "error": str(error), **job.stamp, "key": job.key}
-                )
-            )
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.handle.close()  # gives the lock back
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+NO_ANSWERS = ("submit", "status", "cancel")  # actions of the Batch API that bring none
+FIRST_ANSWERS = 20  # of a pass: if all of them are useless, so will the others be
+STATUSES = ("malformed", "unparsed", "length", "refusal", "content_filter", "empty")
 
 
-# ------------------------------------------------------------------------------------------------ asking
+def is_ok(row):
+    return row["status"] == "ok"
 
 
-def ask_all(client, jobs, out, finish=lambda row: row, batch=None):
-    """Answer every job not answered yet, appending one row a choice to the AppendFile `out`. → number of jobs that failed.
+def asked_again(retry, readable=is_ok):
+    """The test of --retry: whether a stored row does not count as an answer. Raises InputError.
 
-    A row: job.row, candidate, status, response, model_answered, usage, finish_reason, job.stamp, key; `finish` may change it.
-    Failed jobs go to *.errors.jsonl and are asked again by the next run. The first Ctrl-C or SIGTERM waits for the calls in
-    flight. batch: None, or "submit" / "collect" for the Batch API. Raises Stopped: key, quota, budget, interrupt, ten failures.
+    readable(row): whether an answer of status ok can be read; where not, its reason is `unparsed`.
     """
+    unknown = [name for name in retry if name not in STATUSES]
+    if unknown:
+        raise InputError(f"--retry {unknown[0]}: expected some of {','.join(STATUSES)}")
+
+    def again(row):
+        reason = row["status"]
+        if reason == "ok" and not readable(row):
+            reason = "unparsed"
+        return reason in retry
+
+    return again
+
+
+def ask_all(
+    client,
+    jobs,
+    out,
+    finish=lambda row: row,
+    batch=None,
+    readable=is_ok,
+    title=None,
+    tokens=300,
+    must_differ=False,
+):
+    """Answer every job not answered yet, one row a choice, in the AppendFile `out` → how many failed.
+
+    A row: key, job.row, candidate, status, response, job.provenance, server, model_answered, usage, made_by,
+    finish_reason; `finish` may change it. Failed jobs go to *.errors.jsonl and are asked again by the next
+    run. The first Ctrl-C or SIGTERM waits for the calls in flight. batch: an action of Batches, or None.
+    readable(row): whether an answer is of use; title, tokens: of the pass, for the line on what it will take;
+    must_differ: equal candidates of one example are a fault.
+    Raises Stopped: key, quota, budget, interrupt, ten failures in succession, twenty useless answers, a fault
+    of ours; InputError: a live run beside open batches.
+    """
+    if not batch:
+        refuse_beside_batches(out)
+    errors = side_file(out.path, ".errors.jsonl")
+    if batch not in NO_ANSWERS:
+        errors.unlink(missing_ok=True)
     client.spent += client.cost(out.usage)
-    todo, errors = [job for job in jobs if out.done[job.key] < job.n], out.path.with_suffix(".errors.jsonl")
-    errors.unlink(missing_ok=True)
+    claim(client, jobs, out, finish)
+    if batch:
+        worker = Batches(client, jobs, out, finish)
+    else:
+        worker = Live(client, jobs, out, finish, readable, must_differ)
+        client.prior = client.cost(estimate(worker.todo[:1], tokens))
+        print(plan(client, jobs, tokens, title or out.path.name, out.done), file=sys.stderr)
+    failed = 0
     try:
         if batch:
-            failed = _ask_batches(client, todo, out, finish, batch == "collect")
-        else:
-            failed = asyncio.run(_ask_live(client, todo, out, finish)) if todo else 0
+            failed = worker.run(batch)
+        elif worker.todo:
+            failed = asyncio.run(worker.run())
+            worker.report()
     except KeyboardInterrupt:
-        raise Stopped(
-            "interrupted: calls in flight are lost, batches go on; run the same command to go on"
-        ) from None
+        client.reason = "interrupted: calls in flight are lost, batches go on"
+    finally:
+        saved = out.rescue()
+        for cause, count in worker.causes.most_common(3):
+            print(f"  failed, {count} ×: {cause}", file=sys.stderr)
     if client.reason:
-        raise Stopped(
-            f"{client.reason}; {sum(out.done.values())} rows are in {out.path}, the same command goes on from there"
-        )
+        rows = out.rows.total()
+        raise Stopped(f"{client.reason}; {rows} rows are in {out.path}, the same command goes on{saved}")
     if failed:
-        print(
-            f"{failed} of {len(jobs)} calls failed, see {errors}; the same command asks them again",
-            file=sys.stderr,
-        )
+        told = f"{failed} of {len(jobs)} calls failed, see {errors}"
+        print(f"{told}; the same command asks them again", file=sys.stderr)
     return failed
 
 
-async def _ask_live(client, todo, out, finish):
-    tally, queue, loop, successive = Counter(), iter(todo), asyncio.get_running_loop(), 0
-    prior = client.cost(estimate(todo[:1], 300))  # what a call may cost, until some were paid
-
-    def interrupt():
-        client.stop("interrupted")
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)  # the second one ends the program
-
-    async def answer(job):
-        while (left := job.n - out.done[job.key]) > 0:  # a server may give fewer choices than asked for
-            await client.afford(prior)
-            client.in_flight += 1
-            try:
-                reply = await client.chat(job.prompt, job.image, left)
-            finally:
-                client.in_flight -= 1
-            out.add(client, job, reply, finish)
-
-    async def work():
-        nonlocal successive
-        for job in queue:  # one iterator for all workers
-            try:
-                if client.reason:
-                    return
-                await answer(job)
-                tally["ok"], successive = tally["ok"] + 1, 0
-            except CallFailed as error:
-                tally["failed"], successive = tally["failed"] + 1, successive + 1
-                out.fail(job, error)
-                if successive >= 10:
-                    client.stop(f"{successive} rows failed in succession, the last: {error}")
-            except Stopped as stop:
-                client.stop(str(stop))
-                return
-            dollars = client.spent + client.called / tally.total() * (len(todo) - tally.total())
-            bar.set_postfix_str(
-                f"ok {tally['ok']} failed {tally['failed']} ${client.spent:.2f} of ${dollars:.2f}",
-                refresh=False,
-            )
-            bar.update()
-
-    async with client:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, interrupt)
-        await _announce(client)
-        with tqdm(
-            total=len(todo), desc=out.path.name, unit="job", mininterval=0.5 if sys.stderr.isatty() else 30
-        ) as bar:
-            await asyncio.gather(*(work() for _ in range(min(client.concurrency, len(todo)))))
-    return tally["failed"]
-
-
-# ------------------------------------------------------------------------------------------------ Batch API
-
-
-BATCH_LIMITS = (50_000, 200_000_000)  # requests and bytes a file, of OpenAI's Batch API
-
-
-def _ask_batches(client, todo, out, finish, collect):
-    """The Batch API, at half the price: submit what is missing; with `collect`, wait, read, and submit again what did not come.
-
-    *.batches.json holds [{"file", "batch", "keys"}] of the batches not read yet. It is written before a batch is created (with
-    batch null) and after, so a run killed in between finds its batch by the file, and none is paid for twice.
-    """
-    import openai
-
-    client.require_key()
-    api, state = (
-        openai.OpenAI(base_url=client.base_url, max_retries=client.tries),
-        out.path.with_suffix(".batches.json"),
-    )
-    batches, jobs, rounds, failed = (
-        json.loads(state.read_text()) if state.exists() else [],
-        {job.key: job for job in todo},
-        Counter(),
-        {},
-    )
-
-    def fail(job, error):
-        failed[job.key] = error
-        out.fail(job, error)
-
-    def save():
-        data.write_atomic(state, json.dumps(batches))
-
-    def submit():
-        waiting = {key for batch in batches for key in batch["keys"]} | failed.keys()
-        missing = [job for job in jobs.values() if out.done[job.key] < job.n and job.key not in waiting]
-        for job in missing:
-            rounds[job.key] += 1
-            if rounds[job.key] > client.tries:
-                fail(job, f"{client.tries} batches gave no answer")
-        missing = [job for job in missing if job.key not in failed]
-        if client.budget and client.spent + client.cost(estimate(missing, 300)) > client.budget:
-            raise Stopped(
-                f"budget: ${client.spent:.2f} of ${client.budget:g} spent, {len(missing)} requests do not fit"
-            )
-        for chunk, keys in _batch_chunks(client, missing, out, fail):
-            batches.append(
-                {
-                    "file": api.files.create(file=("batch.jsonl", chunk), purpose="batch").id,
-                    "batch": None,
-                    "keys": keys,
-                }
-            )
-            save()
-        for batch in batches:
-            if not batch["batch"]:
-                sent = [
-                    known.id for known in api.batches.list(limit=100) if known.input_file_id == batch["file"]
-                ]
-                options = {"endpoint": "/v1/chat/completions", "completion_window": "24h"}
-                batch["batch"] = (
-                    sent[0]
-                    if sent
-                    else api.with_options(max_retries=0)
-                    .batches.create(input_file_id=batch["file"], **options)
-                    .id
-                )
-                save()
-
-    def read(file):
-        for line in api.files.content(file).iter_lines() if file else ():
-            line = json.loads(line)
-            job, response = jobs.get(line["custom_id"]), line.get("response") or {}
-            if job and out.done[job.key] < job.n:
-                try:
-                    content = json.dumps(response.get("body") or {"error": line.get("error")})
-                    reply, *_ = client.verdict(
-                        response.get("status_code"), content, "no answer", job.n - out.done[job.key]
-                    )
-                    if reply:
-                        out.add(client, job, reply, finish)
-                except (
-                    CallFailed,
-                    Stopped,
-                ) as error:  # one line of a file that is paid for: the others count
-                    fail(job, error)
-
-    try:
-        submit()
-        print(
-            f"{sum(len(batch['keys']) for batch in batches)} requests in {len(batches)} batches, see {state}",
-            file=sys.stderr,
-        )
-        while collect and batches:
-            batch = api.batches.retrieve(batches[0]["batch"])
-            if batch.status not in ("completed", "failed", "expired", "cancelled"):
-                counts = batch.request_counts
-                print(
-                    f"{batch.id}: {batch.status}, {counts.completed if counts else 0} done", file=sys.stderr
-                )
-                time.sleep(client.poll)
-                continue
-            read(batch.output_file_id)
-            read(batch.error_file_id)
-            del batches[0]
-            save()
-            if batch.status == "failed":
-                faults = "; ".join(
-                    fault.message or "" for fault in (batch.errors and batch.errors.data) or ()
-                )
-                raise Stopped(
-                    f"batch {batch.id} refused: {faults}; the same command sends its requests again"
-                )
-            submit()
-    except openai.OpenAIError as error:
-        raise Stopped(
-            f"batch: {str(error)[:300]}; what was submitted is in {state}, the same command goes on"
-        ) from None
-    return len(failed)
-
-
-def _batch_chunks(client, jobs, out, fail):
-    """Yield (file of request lines, their keys) within BATCH_LIMITS."""
-    keys, chunk = [], tempfile.TemporaryFile()  # noqa: SIM115, closed by going away
-    for job in jobs:
-        try:
-            body = client.body(job.prompt, job.image, job.n - out.done[job.key])
-        except CallFailed as error:
-            fail(job, error)
-            continue
-        line = b'{"custom_id":"%b","method":"POST","url":"/v1/chat/completions","body":%b}\n' % (
-            job.key.encode(),
-            body,
-        )
-        if keys and (len(keys) >= BATCH_LIMITS[0] or chunk.tell() + len(line) > BATCH_LIMITS[1]):
-            chunk.seek(0)
-            yield chunk, keys
-            keys, chunk = [], tempfile.TemporaryFile()  # noqa: SIM115
-        keys.append(job.key)
-        chunk.write(line)
-    if keys:
-        chunk.seek(0)
-        yield chunk, keys
-
-
-async def _announce(client):
-    """Say when the server means to shut the model down; most servers tell nothing, and then neither do we."""
-    try:
-        model = await asyncio.wait_for(client.api.models.retrieve(client.model), 10)
-    except (client.openai.OpenAIError, asyncio.TimeoutError, ValueError):
+def claim(client, jobs, out, finish):
+    """Take what an earlier command paid for and could not use: rows of *.unclaimed.jsonl with a job's key."""
+    path = side_file(out.path, ".unclaimed.jsonl")
+    if not path.exists():
         return
-    if date := getattr(model, "shutdown_date", None):
+    AppendFile(path).handle.close()  # cuts a torn line
+    wanted = {job.key: job for job in jobs}
+    left = []
+    claimed = 0
+    for _, row in data.read_jsonl(path):
+        job = wanted.get(row["key"])
+        if job is None or out.done[job.key] >= job.n:
+            left.append(row)
+            continue
+        try:
+            text = json.dumps(row["body"])
+            reply = client.verdict(row["http_status"], {}, text, job.n - out.done[job.key])
+            out.add(client, job, reply, finish)
+            claimed += 1
+        except (Again, CallFailed, Stopped):
+            left.append(row)
+    if claimed:
+        write_whole(path, "".join(map(data.jsonl_line, left)))
+        print(f"{claimed} answers taken from {path}, which were paid for already", file=sys.stderr)
+
+
+# -------------------------------------------------------------------------------- live
+
+
+class Live:
+    """Asks jobs with client.concurrency workers, which share one queue, one gate and one bar."""
+
+    def __init__(self, client, jobs, out, finish, readable, must_differ):
+        self.client = client
+        self.todo = [job for job in jobs if out.done[job.key] < job.n]
+        self.queue = iter(self.todo)  # one iterator for all workers
+        self.out = out
+        self.finish = finish
+        self.alarm = Alarm(out.rows.total(), readable, must_differ)
+        self.wanted = sum(job.n - out.done[job.key] for job in self.todo)  # answers
+        self.ok = 0
+        self.failed = 0
+        self.equal = 0  # jobs whose candidates are all equal
+        self.successive = 0  # failures since the last answer
+        self.causes = Counter()  # of failures
+        self.empty = 0  # answers without text
+        self.last_wait = -60.0  # when the screen last said what the run waits for
+
+    async def run(self):
+        """→ number of jobs that failed."""
+        workers = min(self.client.concurrency, len(self.todo))
+        interval = 0.5 if sys.stderr.isatty() else 30
+        loop = asyncio.get_running_loop()
+        async with self.client:
+            for number in SIGNALS:
+                loop.add_signal_handler(number, self.interrupt)
+            await announce(self.client)
+            self.client.waits_for = self.show_wait
+            with tqdm(
+                total=len(self.todo), desc=self.out.path.name, unit="job", mininterval=interval
+            ) as self.bar:
+                await asyncio.gather(*(self.work() for _ in range(workers)))
+        return self.failed
+
+    def interrupt(self):
+        self.client.stop("interrupted")
+        for number in SIGNALS:
+            asyncio.get_running_loop().remove_signal_handler(number)  # the second one ends the program
+        flying = f"{self.client.in_flight} calls in flight, at most {self.client.timeout:g} s"
+        tqdm.write(f"interrupted: finishing {flying}; once more loses their answers", file=sys.stderr)
+
+    async def work(self):
+        for job in self.queue:
+            if self.client.reason:
+                return
+            try:
+                await self.answer(job)
+                self.ok += 1
+                self.successive = 0
+            except CallFailed as error:
+                self.fail(job, error)
+            except Stopped as stop:
+                self.client.stop(str(stop))
+                return
+            except Exception as error:  # a fault of ours: what is in flight is stored, then the run ends
+                self.fail(job, f"{type(error).__name__}: {error}", traceback.format_exc())
+                self.client.stop(self.client.server.one_line(f"unexpected {type(error).__name__}: {error}"))
+                return
+            self.show()
+
+    async def answer(self, job):
+        rows = []
+        while (left := job.n - self.out.done[job.key]) > 0:  # a server may give fewer choices than asked for
+            await self.client.afford()
+            self.client.in_flight += 1
+            try:
+                reply = await self.client.chat(job.prompt, job.image, left, self.out.rows[job.key])
+            finally:
+                self.client.in_flight -= 1
+            new = self.out.add(self.client, job, reply, self.finish)
+            rows += new
+            self.empty += sum(row["status"] == "empty" for row in new)
+            self.alarm.look(job, new)
+            self.wanted -= len(new)
+            if self.alarm.reason and self.wanted > self.client.in_flight:  # else a stop saves nothing
+                self.client.stop(self.alarm.reason)
+        self.equal += len(rows) > 1 and len({row["response"] for row in rows}) == 1
+
+    def fail(self, job, error, trace=None):
+        self.failed += 1
+        self.successive += 1
+        self.causes[self.client.server.one_line(error)[:120]] += 1
+        if self.successive >= 10:
+            self.client.stop(f"{self.successive} rows failed in succession, the last: {error}")
+        try:
+            self.out.fail(job, self.client.server.one_line(error), trace)
+        except Stopped as stop:
+            self.client.stop(str(stop))
+
+    def show(self):
+        done = self.ok + self.failed
+        projected = self.client.spent + self.client.paid / done * (len(self.todo) - done)
+        dollars = f"${self.client.spent:.2f} of ${projected:.2f}"
+        self.bar.set_postfix_str(f"ok {self.ok} failed {self.failed} {dollars}", refresh=False)
+        self.bar.update()
+
+    def show_wait(self, what):
+        """Say what the run waits for, unless something was said just now."""
+        now = time.monotonic()
+        if now - self.last_wait > (1 if sys.stderr.isatty() else 30):
+            self.last_wait = now
+            self.bar.set_postfix_str(f"ok {self.ok} failed {self.failed} {what[:150]}", refresh=True)
+
+    def report(self):
+        """Say what looks wrong."""
+        if self.equal:
+            told = f"{self.equal} of {self.ok} examples: all candidates are equal"
+            print(f"{told}; {SAMPLING}", file=sys.stderr)
+        if self.empty:
+            print(f"{self.empty} answers are empty; {THINKING}", file=sys.stderr)
+
+
+SAMPLING = "is sampling on? try --temperature, and no fixed --param seed"
+THINKING = (
+    "if the model spent its tokens thinking: a higher --max-tokens, or thinking switched off by --param"
+)
+
+
+class Alarm:
+    """Says why a pass should stop after its first answers: none can be used, or all are equal.
+
+    stored: rows that the pass has already; a run that goes on after an alarm is not stopped again.
+    """
+
+    def __init__(self, stored, readable, must_differ):
+        self.off = stored >= FIRST_ANSWERS
+        self.readable = readable
+        self.must_differ = must_differ
+        self.seen = []  # (job's key, status, text, whether it is of use)
+        self.reason = None
+
+    def look(self, job, rows):
+        """Sets `reason` once FIRST_ANSWERS are seen."""
+        if self.off:
+            return
+        for row in rows:
+            useful = row["status"] == "ok" and self.readable(row)
+            self.seen.append((job.key, row["status"], row["response"], useful))
+        if len(self.seen) < FIRST_ANSWERS:
+            return
+        self.off = True
+        texts = [text for _, _, text, _ in self.seen]
+        shown = repr(texts[0][:200])
+        if not any(useful for _, _, _, useful in self.seen):
+            status = self.seen[0][1]
+            self.reason = f"none of the first {len(texts)} answers can be used, such as ({status}): {shown}"
+        elif len(set(texts)) == 1:
+            self.reason = f"the first {len(texts)} answers are all equal: {shown}"
+        elif self.must_differ and self.candidates_equal():
+            told = f"each of the first examples has equal candidates, such as: {shown}"
+            self.reason = f"{told}; {SAMPLING}"
+
+    def candidates_equal(self):
+        """Whether no example has two different candidates, and some have two."""
+        texts = {}
+        for key, _, text, _ in self.seen:
+            texts.setdefault(key, []).append(text)
+        several = [group for group in texts.values() if len(group) > 1]
+        return bool(several) and all(len(set(group)) == 1 for group in several)
+
+
+async def announce(client):
+    """Say when the server means to shut the model down, where it tells."""
+    url = client.server.url(f"models/{quote(client.model, safe='/:@')}")
+    try:
+        async with client.httpx.AsyncClient(**client.options) as http:
+            answer = await asyncio.wait_for(http.get(url, headers=client.headers), 10)
+            date = answer.json().get("shutdown_date")
+    except (
+        client.httpx.HTTPError,
+        client.httpx.InvalidURL,
+        asyncio.TimeoutError,
+        ValueError,
+        AttributeError,
+    ):
+        return
+    if date:
         print(f"{client.model}: the server announces its shutdown for {date}", file=sys.stderr)
 
 
-# ------------------------------------------------------------------------------------------------ price and data card
+# -------------------------------------------------------------------------------- what it will take
 
 
-def estimate(jobs, completion_tokens):
-    """Tokens jobs will take, roughly: 4 characters a token, an image as GPT-4o counts it, `completion_tokens` an answer."""
-    prompt = sum(len(job.prompt) / 4 + image_tokens(job.image) for job in jobs)
-    return {
-        "prompt_tokens": round(prompt),
-        "completion_tokens": completion_tokens * sum(job.n for job in jobs),
-    }
+def plan(client, jobs, tokens, title, done):
+    """One line: what is asked of whom, how many calls, what they will take. done: {key: candidates there}."""
+    todo = [job._replace(n=job.n - done[job.key]) for job in jobs if done[job.key] < job.n]
+    used = estimate(todo, tokens)
+    dollars = f"${client.cost(used):.2f}" if client.price else "dollars unknown without --price"
+    told = f"{used['prompt_tokens']} prompt and {used['completion_tokens']} completion tokens"
+    there = f" ({len(jobs) - len(todo)} answered already)" if len(todo) < len(jobs) else ""
+    whom = f"{client.model} at {client.server.shown}"
+    return f"{title}, {whom}: {len(todo)} calls{there}, about {told}, {dollars}"
 
 
-def image_tokens(path):
-    """Tokens of an image at high detail: 85, and 170 for each tile of 512² once it fits 2048² with its short side at most 768."""
-    if not path:
-        return 0
-    with Image.open(path) as image:
-        short, long = sorted(image.size)
-    scale = min(1, 2048 / long, 768 / short)
-    return 85 + 170 * math.ceil(short * scale / 512) * math.ceil(long * scale / 512)
+def print_estimate(client, jobs, tokens, title, path=None, again=lambda row: False):
+    """--dry-run: one line a pass. path: the answers file, whose answers are not to be paid for any more."""
+    done = Counter()
+    if path:
+        done = read_stored(path, asked_again=again).done
+        waiting = requests_in(open_batches(read_state(path)))
+        if waiting:
+            print(f"{waiting} requests are in open batches: --batch collect reads them")
+    print(plan(client, jobs, tokens, title, done))
 
 
-def print_estimate(client, jobs, completion_tokens, title):
-    """--dry-run: one line a pass."""
-    tokens = estimate(jobs, completion_tokens)
-    dollars = f"${client.cost(tokens):.2f}" if client.price else "dollars unknown without --price"
-    counts = f"{len(jobs)} calls, about {tokens['prompt_tokens']} prompt and {tokens['completion_tokens']} completion tokens"
-    print(f"{title}, {client.model}: {counts}, {dollars}")
+# -------------------------------------------------------------------------------- data card
 
 
 def write_data_card(out, stages, reasons, stats, prompts, answers):
-    """How a file came about: the funnel of Figure 7 on screen, *.stats.json, and the data card *.card.md beside it.
+    """How a file came about: the funnel of Figure 7 on screen, *.stats.json, and the data card *.card.md.
 
-    stages: [(stage, candidates, examples)]; reasons: {why a candidate left: how many}; answers: the append-only files paid for.
+    stages: [(stage, candidates, distinct candidates or None, examples)]; reasons: {why one left: how many};
+    prompts: {name: text}; answers: the append-only files paid for.
     """
-    lines = [
-        f"{'stage':<40}{'candidates':>11}{'examples':>10}",
-        *(f"{stage:<40}{a:>11}{b:>10}" for stage, a, b in stages),
+    funnel = [f"{'stage':<40}{'candidates':>11}{'distinct':>10}{'examples':>10}"]
+    for stage, candidates, distinct, examples in stages:
+        shown = "" if distinct is None else distinct
+        funnel.append(f"{stage:<40}{candidates:>11}{shown:>10}{examples:>10}")
+    for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
+        funnel.append(f"  left: {reason:<32}{count:>11}")
+    funnel = "\n".join(funnel)
+    print(funnel)
+    settings = json.dumps(stats, indent=1)
+    stats = {"out": Path(out).name, "funnel": stages, "left": reasons, **stats}
+    today = time.strftime("%Y-%m-%d", time.gmtime())
+    card = [
+        f"# {Path(out).name}",
+        f"Made by `{Path(sys.argv[0]).name}` on {today} (UTC).",
+        f"## Counts\n\n```\n{funnel}\n```",
+        f"## Models\n\n{models(answers)}",
+        f"## Settings and price\n\n```json\n{settings}\n```",
+        *(f"## Prompt: {name}\n\n````\n{prompt}\n````" for name, prompt in prompts.items()),
+        f"## Versions\n\n{versions()}",
+        "## Rights\n\nTexts and images are tweets, whose rights stay with their authors: no licence is "
+        "stated here, and none is implied. The reasoning is model output; the terms of its provider apply.",
     ]
-    lines += [
-        f"  left: {reason:<32}{count:>11}"
-        for reason, count in sorted(reasons.items(), key=lambda item: -item[1])
-    ]
-    print("\n".join(lines))
-    stats = {"funnel": stages, "left": reasons, **stats}
-    data.write_atomic(Path(out).with_suffix(".stats.json"), json.dumps(stats, indent=1) + "\n")
-    models = Counter(
-        (row["model"], row["model_answered"]) for path in answers for _, row in data.read_jsonl(path)
-    )
-    versions = {"python": platform.python_version()}
+    try:
+        write_whole(side_file(out, ".stats.json"), json.dumps(stats, indent=1) + "\n")
+        write_whole(side_file(out, ".card.md"), "\n\n".join(card) + "\n")
+    except Stopped as fault:  # said, not raised: why the run ends is said after it
+        print(f"error: {fault}", file=sys.stderr)
+
+
+def models(answers):
+    """A line for each model asked, where, and the model that answered."""
+    told = Counter()
+    for path in answers:
+        if Path(path).exists():
+            for _, row in data.read_jsonl(path):
+                told[row["model"], row.get("server"), row["model_answered"]] += 1
+    lines = []
+    for (asked, server, answered), count in told.items():
+        lines.append(f"- asked {asked} at {server}, answered {answered}: {count} answers")
+    return "\n".join(lines)
+
+
+def versions():
+    found = [f"python {platform.python_version()}"]
     for package in ("openai", "pillow"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    card = [
-        f"# {Path(out).name}\n\nMade by `{Path(sys.argv[0]).name}` on {time.strftime('%Y-%m-%d', time.gmtime())} (UTC).",
-        f"## Counts\n\n```\n{chr(10).join(lines)}\n```",
-        "## Models\n\n"
-        + "\n".join(f"- asked {asked}, answered {told}: {n} answers" for (asked, told), n in models.items()),
-        f"## Settings and price\n\n```json\n{json.dumps({k: v for k, v in stats.items() if k not in ('funnel', 'left')}, indent=1)}\n```",
-        *(f"## Prompt: {name}\n\n````\n{prompt}\n````" for name, prompt in prompts.items()),
-        "## Versions\n\n" + ", ".join(f"{name} {version}" for name, version in versions.items()),
-        "## Rights\n\nTexts and images are tweets, whose rights stay with their authors: no licence is stated here, and none is implied. "
-        "The reasoning is model output; the terms of the model's provider apply.",
-    ]
-    data.write_atomic(Path(out).with_suffix(".card.md"), "\n\n".join(card) + "\n")
+            found.append(f"{package} {importlib.metadata.version(package)}")
+    return ", ".join(found)

@@ -16,10 +16,10 @@ from lib import data, rollout, vlm
 SHOWN = 3  # faults that a message names
 
 
-def usable_splits(train, val, processor, dtype, args, ranks):
+def usable_splits(train, val, processor, dtype, args, ranks, server=None):
     """→ (train, val, content): the examples that the model can take, and digests of all that determines the
     run besides its arguments. Raises InputError, on all ranks."""
-    train, train_digest = usable(train, processor, args, ranks)
+    train, train_digest = usable(train, processor, args, ranks, server)
     content = {"dtype": str(dtype), "training data": train_digest}
     if val:
         val, content["validation data"] = usable(val, processor, args, ranks)
@@ -31,17 +31,19 @@ def usable_splits(train, val, processor, dtype, args, ranks):
     return train, val, content
 
 
-def usable(examples, processor, args, ranks):
+def usable(examples, processor, args, ranks, server=None):
     """The examples that the model can take, and a digest of everything in them that training sees.
 
     Every image is opened by one rank, its tokens are counted by arithmetic, and prompt + --max-new-tokens
-    compared with the positions of `model` (its configuration). Raises InputError, on all ranks, where one
-    fails and --skip-bad is not given.
+    compared with the positions of `model` (its configuration), and of the server where one draws responses.
+    Raises InputError, on all ranks, where one fails and --skip-bad is not given.
     """
     mine = examples[ranks.rank :: ranks.world]
     template = common.PROMPTS[args.prompt]
-    config = vlm.read_config(args.model).get_text_config()
-    room = config.max_position_embeddings - args.max_new_tokens
+    positions = vlm.read_config(args.model).get_text_config().max_position_embeddings
+    if server:
+        positions = min(positions, server.positions)
+    room = positions - args.max_new_tokens
     looks = []
     hidden = None if ranks.main else True
     with ranks.together(), ThreadPoolExecutor() as pool:  # PIL decodes without the GIL

@@ -23,10 +23,10 @@ def stage(name):
     return importlib.import_module(name)
 
 
-def run_script(*command, ranks=None, fails=False, env=None):
+def run_script(*command, ranks=None, fails=False, env=None, cwd=ROOT):
     """Run a script as the README says, alone or through the deepspeed launcher → (exit code, stdout, stderr).
 
-    command: words, or several in one string.
+    command: words, or several in one string; cwd: where it is run, the repository's root as a rule.
     """
     command = " ".join(map(str, command)).split()
     if ranks:
@@ -37,7 +37,7 @@ def run_script(*command, ranks=None, fails=False, env=None):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         command,
-        cwd=ROOT,
+        cwd=cwd,
         capture_output=True,
         text=True,
         env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), **(env or {})},
@@ -48,6 +48,15 @@ def run_script(*command, ranks=None, fails=False, env=None):
     )
     assert fails is False or "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Folder with four annotated tweets and their images: train.jsonl, 0.jpg …"""
+    from stages import make_tweets
+
+    make_tweets(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,13 @@
-"""demo/tables.py on folders written by hand, as 05 and 04 leave them."""
+"""demo/tables.py and demo/groups.py on folders written by hand, as 05 and 04 leave them."""
 
 import json
 
 import pytest
-from conftest import run_script
+import torch
+from conftest import run_script, stage
 from PIL import Image
 
-from demo import tables
+from demo import groups, tables
 
 GOLD = [["Emma", "per", "Noah", "per", "couple"]]
 RIGHT = "<think>\nx\n</think>\n<answer>\n[Emma, per, Noah, per, couple]\n</answer>"  # reward 1 + 0.2·2 + 0.1
@@ -135,3 +136,71 @@ def test_what_is_missing_is_said_in_one_line(seeds, tmp_path):
     code, _, error = run_script("-m", "demo.tables", tmp_path / "seed-3", fails=True)
     assert code == 2
     assert "seed-3/test-zero/metrics.json: no scores to read" in error
+
+
+# -------------------------------------------------------------------------------- demo/groups.py
+
+
+def group(name, step=1, **parts):
+    """A group's rows of samples.jsonl; parts: a list of values each, the others 1."""
+    size = len(next(iter(parts.values())))
+    rows = []
+    for i in range(size):
+        row = {"step": step, "id": name}
+        row |= {part: parts.get(part, [1.0] * size)[i] for part in groups.WEIGHTS}
+        row["reward"] = sum(weight * row[part] for part, weight in groups.WEIGHTS.items())
+        rows.append(row)
+    return rows
+
+
+def test_kinds_of_groups():
+    assert groups.kind(group("a", partial=[1.0, 1.0 + 1e-7])) == "nothing"
+    assert groups.kind(group("a", accuracy=[0.0, 1.0], format=[0.0, 1.0])) == "accuracy"
+    assert groups.kind(group("a", partial=[0.0, 1.0], format=[0.0, 1.0])) == "format alone"
+    assert groups.kind(group("a", accuracy=[0.0, 0.0], partial=[0.5, 1.0])) == "distance alone, all wrong"
+    assert groups.kind(group("a", accuracy=[0.5, 0.5], partial=[0.5, 1.0])) == "distance alone, part right"
+
+
+def test_shares_of_an_update_by_hand():
+    """Accuracy 0 and 1 against a distance of 0.1: rewards differ by 1 and by 0.02."""
+    batch = [group("a", accuracy=[0.0, 1.0]), group("b", accuracy=[0.0, 0.0], partial=[1.0, 1.1])]
+    shares = groups.pulls(batch)
+    # standard deviations 0.7071 and 0.01414, to each of which 04 adds 1e-4
+    assert shares["paper"][1] == pytest.approx(0.5, abs=0.003)
+    assert shares["no_std, batch_std, rloo"][1] == pytest.approx(0.02 / 1.02)
+    assert shares["gdpo"][1] == pytest.approx(0.2 / 1.2, abs=0.001)
+    assert [sum(values) for values in shares.values()] == pytest.approx([1.0] * 3)
+
+
+def test_advantages_are_those_of_04():
+    parts = {
+        "accuracy": [0.0, 0.5, 1.0, 1.0],
+        "partial": [0.2, 0.9, 2.0, 1.7],
+        "format": [0.0, 1.0, 1.0, 1.0],
+    }
+    rows = group("a", **parts)
+    rewards = torch.tensor([[row["reward"] for row in rows]], dtype=torch.float64)
+    ours = stage("04_grpo").group_advantages(rewards)[0].tolist()
+    assert groups.normalised(rows, "reward") == pytest.approx(ours, abs=1e-6)
+
+
+def test_groups_command(tmp_path):
+    for number in (1, 2):
+        rows = group("a", step=1, accuracy=[0.0, 1.0]) + group("b", step=number, accuracy=[1.0, 1.0])
+        (tmp_path / f"run{number}").mkdir()
+        (tmp_path / f"run{number}" / "samples.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
+    _, printed, _ = run_script("-m", "demo.groups", tmp_path / "run1", tmp_path / "run2")
+    rows = {row[0]: row[1:] for row in cells(printed)}
+    assert rows["nothing"][:3] == ["2", "50.0 %", "0.000"]
+    assert rows["accuracy"][:4] == [
+        "2",
+        "50.0 %",
+        "0.500",
+        "66.7 %",
+    ]  # all of two batches, nothing of a third
+    assert rows["format alone"][:3] == ["0", "0.0 %", "–"]
+    (tmp_path / "run1" / "samples.jsonl").write_text('{"step": 1, "id": "a"}\n')
+    code, _, error = run_script("-m", "demo.groups", tmp_path / "run1", fails=True)
+    assert code == 2 and "samples.jsonl:1: missing 'reward' (made by 04_grpo.py)" in error

@@ -1,4 +1,4 @@
-"""01 end to end against `transformers serve`, a real OpenAI-compatible server, with the tiny LLaVA of demo/base/build.py."""
+"""01 end to end against `transformers serve`, a real OpenAI-compatible server, with the demo's tiny LLaVA."""
 
 import importlib.util
 import os
@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-
-from lib import data
+from stages import make_tweets, rows_of, run
 
 ROOT = Path(__file__).parent.parent
 MISSING = [
@@ -39,23 +38,14 @@ def server(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-c",
-        "from transformers.cli.transformers import main; main()",
-        "serve",
-        str(model),
-    ]
+    start = "from transformers.cli.transformers import main; main()"
+    command = [sys.executable, "-c", start, "serve", str(model)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with open(log, "wb") as handle:
-        process = subprocess.Popen(
-            command,
-            stdout=handle,
-            stderr=handle,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        )
+        process = subprocess.Popen(command, stdout=handle, stderr=handle, env=env)
     try:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 300
         while True:
             assert process.poll() is None and time.monotonic() < end, log.read_text()[-2000:]
             try:
@@ -69,36 +59,44 @@ def server(tmp_path_factory):
         process.wait()
 
 
-def test_distil_against_transformers_serve(server, tmp_path):
-    """The server gives one choice where two are asked for, so each row is topped up; a random model writes no chain, and 01 says so."""
-    url, model = server
-    gold = [["a", "per", "b", "org", "member of"]]
-    rows = [{"id": f"t{i}", "text": f"tweet {i}", "image": f"{i}.png", "quintuples": gold} for i in (0, 1)]
-    for i in (0, 1):
-        Image.new("RGB", (56, 56), (200 * i, 9, 9)).save(tmp_path / f"{i}.png")
-    (tmp_path / "data.jsonl").write_text("".join(map(data.jsonl_line, rows)))
-    command = [
-        sys.executable,
-        ROOT / "01_distill.py",
-        "--data",
-        tmp_path / "data.jsonl",
-        "--out",
-        tmp_path / "cot.jsonl",
-        "--n",
-        "2",
-    ]
-    command += ["--base-url", url, "--model", str(model), "--max-tokens", "12", "--concurrency", "2"]
-    env = os.environ | {"OPENAI_API_KEY": "local"}
-    done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=300)
+@pytest.fixture
+def tweets(tmp_path):
+    make_tweets(tmp_path, count=5)
+    for i in range(5):
+        Image.new("RGB", (56, 56), (40 * i, 9, 9)).save(tmp_path / f"{i}.jpg")
+    return tmp_path
+
+
+def distil(tweets, url, model, *args):
+    paths = ("--data", tweets / "train.jsonl", "--out", tweets / "cot.jsonl")
+    return run("01_distill.py", *paths, "--base-url", url, "--model", model, *args, key="local")
+
+
+def test_candidates_are_topped_up_and_equal_ones_noticed(server, tweets):
+    """The server gives one choice, the same each time; a random model writes no chain."""
+    done = distil(tweets, *server, "--n", 5, "--max-tokens", 12, "--limit", 2)
     assert done.returncode == 0, done.stderr
-    answers = [row for _, row in data.read_jsonl(tmp_path / "cot.jsonl")]
-    assert sorted((row["id"], row["candidate"]) for row in answers) == [
-        ("t0", 0),
-        ("t0", 1),
-        ("t1", 0),
-        ("t1", 1),
+    rows = rows_of(tweets / "cot.jsonl")
+    assert sorted((row["id"], row["candidate"]) for row in rows) == [
+        (f"t{i}", k) for i in (0, 1) for k in range(5)
     ]
-    assert all(
-        row["status"] in ("malformed", "length") and row["cot"] == "" and row["image_hash"] for row in answers
-    )
-    assert all(row["response"] and row["usage"]["completion_tokens"] > 0 for row in answers)
+    for row in rows:
+        assert row["status"] in ("malformed", "length", "empty") and row["cot"] == "" and row["image_hash"]
+        assert row["usage"]["completion_tokens"] > 0 and row["server"] == server[0]
+    assert "2 of 2 examples: all candidates are equal; is sampling on?" in done.stderr
+
+
+def test_twenty_answers_of_no_use_stop(server, tweets):
+    done = distil(tweets, *server, "--max-tokens", 12, "--concurrency", 1)
+    assert done.returncode == 3 and "none of the first 20 answers can be used, such as" in done.stderr
+    assert len(rows_of(tweets / "cot.jsonl")) == 20
+
+
+def test_a_wrong_model_name_is_one_line(server, tweets):
+    done = distil(tweets, server[0], "no-such-model")
+    assert done.returncode == 3 and "no-such-model" in done.stderr and "check --model" in done.stderr
+
+
+def test_an_unknown_field_is_told(server, tweets):
+    done = distil(tweets, *server, "--param", "nonsense=3", "--n", 1)
+    assert done.returncode == 1 and "failed, 5 ×: 422" in done.stderr and "nonsense" in done.stderr

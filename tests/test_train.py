@@ -20,23 +20,24 @@ sft, grpo = stage("03_sft"), stage("04_grpo")
 # -------------------------------------------------------------------------------- GRPO's formulas
 
 
-def trl_loss(logps, ref_logps, advantages, mask, kl_coef):
-    """TRL's own loss code on the same numbers: loss_type grpo, k3 as in the paper, one update. Everything
-    else it reads is off."""
+def trl_loss(logps, ref_logps, advantages, mask, kl_coef, loss_type="grpo", importance=None):
+    """TRL's own loss code on the same numbers: k3 as in the paper, one update. Everything else it reads is
+    off, but for the importance weights [N, C] of vLLM's samples, where given."""
     from trl import GRPOTrainer
 
     trainer = SimpleNamespace(
-        args=SimpleNamespace(use_bias_correction_kl=False, delta=None),
-        accelerator=SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x),
+        args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
+        accelerator=SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x, num_processes=1),
         model=SimpleNamespace(training=True),
         beta=kl_coef,
-        loss_type="grpo",
+        loss_type=loss_type,
         epsilon_low=0.2,
         epsilon_high=0.2,
         importance_sampling_level="token",
         top_entropy_quantile=1.0,
         current_gradient_accumulation_steps=1,
-        use_vllm=False,
+        use_vllm=importance is not None,
+        vllm_importance_sampling_correction=True,
         off_policy_mask_threshold=None,
         aux_loss_enabled=False,
         _entropy_bonus_enabled=False,
@@ -51,6 +52,7 @@ def trl_loss(logps, ref_logps, advantages, mask, kl_coef):
         "completion_mask": mask.long(),
     }
     inputs |= {"advantages": advantages, "ref_per_token_logps": ref_logps, "num_items_in_batch": mask.sum()}
+    inputs["importance_sampling_ratio"] = importance
     return GRPOTrainer._compute_loss(trainer, None, inputs)
 
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import Levenshtein
 
-from lib import phrases, reader
+from lib import leaks, prose, reader
 
 # -------------------------------------------------------------------------------- errors and exit codes
 
@@ -337,15 +337,6 @@ SCORE_PROMPT = (
 
 # -------------------------------------------------------------------------------- answers (SPEC §4)
 
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-TAG = re.compile("|".join(TAGS))
-WELL_FORMED = re.compile(r"\s*<think>(.*)</think>\s*<answer>.*</answer>\s*", re.S)
-THOUGHT_TAG = re.compile(  # as other models spell <think> and </think>
-    r"[<◁]\s*(/?)\s*(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning)\s*[>▷]|\[(/?)THINK\]"
-    r"|<\|(?:begin|(end))_of_thought\|>|<\|channel\|>(?:analysis|(final))(?:<\|message\|>)?",
-    re.I,
-)
-ANSWER_TAG = re.compile(r"<\s*(/?)\s*answer\s*>", re.I)
 READER = reader.Reader(TYPES, RELATIONS, ALIASES)
 
 
@@ -405,7 +396,7 @@ def parse_response(text, direct=False):
     >>> parse_response("Here it is: `A (per) -> peer -> B (per)`.", direct=True).quintuples
     (Quintuple(head='A', head_type='per', tail='B', tail_type='per', relation='peer'),)
     """
-    thoughts, said, answers = take_apart(text)
+    thoughts, said, answers = prose.take_apart(text)
     if answers:
         given = [answer for answer in answers if answer.strip(reader.BLANK)]
         answer = given[-1] if given else ""
@@ -424,68 +415,17 @@ def parse_response(text, direct=False):
 
 def is_well_formed(text, direct):
     """The format of Eq. 5. direct: no thoughts, and no answer tags or one pair around everything."""
-    counts = [text.count(tag) for tag in TAGS]
+    counts = [text.count(tag) for tag in prose.TAGS]
     if direct:
         around = text.strip().startswith("<answer>") and text.strip().endswith("</answer>")
         return counts == [0, 0, 0, 0] or (counts == [0, 0, 1, 1] and around)
-    match = WELL_FORMED.fullmatch(text)
+    match = prose.WELL_FORMED.fullmatch(text)
     return counts == [1, 1, 1, 1] and match is not None and bool(match[1].strip())
-
-
-def take_apart(text):
-    """A response → (its thoughts, what it says besides, its answers between tags): three lists of texts.
-
-    The chat template may have begun the thoughts, and they may be cut off. An answer that was not closed is
-    given only where no other says anything.
-    """
-    text = THOUGHT_TAG.sub(lambda match: "</think>" if any(match.groups()) else "<think>", text)
-    text = ANSWER_TAG.sub(r"<\1answer>", text)
-    last_close = text.rfind("</think>")
-    thoughts, said, answers = [], [], []
-    inside = said  # where the text goes
-    start = 0
-    for match in TAG.finditer(text):
-        tag = match[0]
-        following = None
-        if tag == "<think>" and inside is said:
-            following = thoughts
-        elif tag == "</think>" and inside is thoughts:
-            following = said
-        elif tag == "</think>" and inside is said and not answers:  # the template had begun them
-            thoughts, said = [*thoughts, *said], []
-            inside, following = thoughts, said
-        elif tag == "<answer>" and (inside is said or (inside is thoughts and start > last_close)):
-            following = answers
-        elif tag == "</answer>" and inside is answers:
-            following = said
-        if following is not None:
-            inside.append(text[start : match.start()])
-            inside = following
-            start = match.end()
-        elif tag == "<answer>" and inside is answers:  # begun again
-            start = match.end()
-    if inside is not answers:
-        inside.append(text[start:])
-    elif not any(answer.strip() for answer in answers):
-        answers.append(text[start:])
-    return thoughts, said, answers
 
 
 # -------------------------------------------------------------------------------- chains, judgements
 
-SIGN = r"(?:[^\w\n]|_)"
-NUMBERING = rf"{SIGN}*(?:(?:part|step|section){SIGN}*)?(?:(?:\d{{1,2}}|[ivx]{{1,3}}){SIGN}+)?"
-HEADINGS = "|".join((SIGN + "{0,3}").join(re.findall(r"\w+", part)) for part in COT_PARTS)
-COT_HEADING = re.compile(  # a heading fills its line, or a colon or a dash ends it; group 1 holds its words
-    rf"^{NUMBERING}({HEADINGS})(?:[ *_]*\([^()\n]*\))?"
-    rf"(?:(?:[^\w\n:：]|_)*[:：]\**[ \t]*|{SIGN}*$|[ \t*_]+[-–—]+[ \t]+)",
-    re.I | re.M,
-)
-COURTESY = re.compile(
-    r"\W*(?:(?:i )?hope (?:this|that)|let me know|feel free|please (?:let|feel)|if you (?:need|have|want)"
-    r"|is there any|would you like|thank)[^\n]*|\W*",
-    re.I,
-)
+COT_HEADING = prose.heading_pattern(COT_PARTS)
 
 
 def parse_cot(text):
@@ -500,29 +440,14 @@ def parse_cot(text):
     Visual-Text Alignment: Bob
     Quintuple Reasoning: per
     """
-    text = re.sub(r"</?(?:b|i|u|em|strong|h\d)>", "", text.replace("\r\n", "\n"))
-    pieces = COT_HEADING.split(text)  # [before, heading, body, heading, body, …]
-    headings = [only_letters(heading) for heading in pieces[1::2]]
-    bodies = [without_rules(body) for body in pieces[2::2]]
-    if headings != [only_letters(part) for part in COT_PARTS] or not all(bodies):
+    pieces = prose.cut_at_headings(text, COT_HEADING)
+    headings = [heading for heading, _ in pieces]
+    bodies = [body for _, body in pieces]
+    if headings != list(map(prose.only_letters, COT_PARTS)) or not all(bodies):
         return None
-    if any(tag in text.lower() for tag in TAGS):
+    if any(tag in text.lower() for tag in prose.TAGS):
         return None
     return "\n".join(f"{part}: {body}" for part, body in zip(COT_PARTS, bodies, strict=True))
-
-
-def only_letters(text):
-    return re.sub(r"\W", "", text).lower()
-
-
-def without_rules(body):
-    """The body of a part without rules (`---`) around it, and without the courtesies that end an answer."""
-    lines = body.strip().split("\n")
-    while lines and COURTESY.fullmatch(lines[-1]):
-        lines.pop()
-    while lines and not re.search(r"\w", lines[0]):
-        lines.pop(0)
-    return "\n".join(lines).strip()
 
 
 def hide_answer(cot, gold):
@@ -546,41 +471,8 @@ def leaked(cot, text):
     >>> leaked("As the given quintuples state, Bob is a person.", "Bob"), leaked("He wears a gold medal.", "")
     ('given quintuples', None)
     """
-    found = (match[0].lower() for match in phrases.LEAK.finditer(cot))
+    found = (match[0].lower() for match in leaks.LEAK.finditer(cot))
     return next((phrase for phrase in found if phrase not in text.lower()), None)
-
-
-def refused(text):
-    """Whether a model declines to answer: it begins so, and then gives no quintuple, no chain and no scores.
-
-    >>> refused("I'm sorry, I can't identify people."), refused("I can't see it, but: [A, per, B, org, peer]")
-    (True, False)
-    """
-    if not phrases.REFUSAL.match(text) or COT_HEADING.search(text) or parse_scores(text):
-        return False
-    found = READER.read(text)
-    answers_nothing = found.empty and not phrases.REGRET.match(text)  # "I cannot find any quintuples"
-    return not found.items and not answers_nothing
-
-
-RULE = re.compile(
-    r"(?<![^\W_])(?:R_?|Rule[\s\"':#_-]*|Criterion\s*)(\d{1,2})(?!\d)(?:\s*\([^()\n]*\))?|^\W*(\d)[.):](?=\s)",
-    re.I | re.M,
-)
-POINT = r"(?<![\d.,−-])(\d+(?:\.\d+)?)(?![\d.,]*\d)"
-OUT_OF = r"(?:\s*(?:/|\(?out of|of)\s*(\d+))"
-POINT_FIRST = re.compile(
-    rf"(?:\W|_|\b(?:gets?|scores?|is|earns|deserves|receives|points?|rating|value)(?:\b|_))*?{POINT}{OUT_OF}?"
-    r"(?=$|\W)(?!\s+(?!because|as|since|for|points?|and|out|with|R\d)[a-z])",
-    re.I,
-)
-POINT_LATER = re.compile(
-    rf"\b(?:scores?|points?|rating|value)\W+{POINT}{OUT_OF}?|{POINT}{OUT_OF}|\|\s*{POINT}\s*\||{POINT}\W*$",
-    re.I,
-)
-SIX_POINTS = re.compile(
-    r"(?:^|[\[:=])\W*" + r"[\s,;|]+".join([r"(\d+)(?:\s*/\s*\d+)?"] * len(POINTS)) + r"\W*$", re.M
-)
 
 
 def parse_scores(text):
@@ -592,42 +484,10 @@ def parse_scores(text):
     >>> parse_scores("R1: 2 (names the men)\\nR2: 2/2\\nR3 = 1\\n| R4 | 0 |\\n\\"R5\\": 1, R6 → 2")
     (2, 2, 1, 0, 1, 2)
     """
-    _, said, answers = take_apart(text)
-    text = "\n".join(said + answers).replace("\\n", "\n")
-    before_example = re.split(r"\bexample \d", text, maxsplit=1, flags=re.I)[0]
-    points = last_points(before_example) or last_points(text)
+    points = prose.points(text, len(POINTS))
     if points is None or any(not 0 <= point <= most for point, most in zip(points, POINTS, strict=True)):
         return None
     return points
-
-
-def last_points(text):
-    """The points of the last run of rules in which each stands once, or six bare integers, or None."""
-    mentions = list(RULE.finditer(text))
-    if any(mention[1] for mention in mentions):
-        mentions = [mention for mention in mentions if mention[1]]
-    rated = []
-    for n, mention in enumerate(mentions):
-        end = mentions[n + 1].start() if n + 1 < len(mentions) else len(text)
-        point = point_in(text[mention.end() : end])
-        if point is not None:
-            rated.append((int(mention[1] or mention[2]), point))
-    for last in range(len(rated), len(POINTS) - 1, -1):
-        run = dict(rated[last - len(POINTS) : last])
-        if sorted(run) == list(range(1, len(POINTS) + 1)):
-            return tuple(run[rule] for rule in sorted(run))
-    bare = SIX_POINTS.findall(text)
-    return tuple(map(int, bare[-1])) if bare and len(rated) < 2 else None
-
-
-def point_in(text):
-    """The number that a rule gets in what is said of it, or None. −1, out of range, if it is no integer."""
-    later = list(POINT_LATER.finditer(text))
-    match = POINT_FIRST.match(text) or (later[-1] if later else None)
-    if match is None:
-        return None
-    number = float(next(group for group in match.groups() if group))
-    return int(number) if number.is_integer() else -1
 
 
 # -------------------------------------------------------------------------------- rewards (Eq. 2–5)
@@ -687,56 +547,56 @@ def format_reward(response):
 
 
 def matched_components(pred, gold):
-    """w of Eq. 3: the equal components of pred and gold, paired one to one so that there are most [ours].
+    """w: equal components under the one-to-one pairing of pred and gold that makes it largest [ours]. An
+    integer, 0 … 5·min(m, n)."""
+    return sum(equal_components(pred[i], gold[j]) for i, j in best_pairs(pred, gold))
 
-    pred, gold: quintuples, in any number. An integer, 0 … 5·min(m, n).
+
+def equal_components(a, b):
+    return sum(x == y for x, y in zip(a, b, strict=True))
+
+
+def best_pairs(pred, gold):
+    """The one-to-one pairing with the most equal components → [(place in pred, place in gold)], min(m, n)
+    of them.
+
+    The assignment problem by successive shortest paths with potentials (Kuhn–Munkres), O(min² · max); a
+    gold set of 21 against a runaway answer of hundreds stays in milliseconds, and 01 and 02 need no SciPy.
     """
-    equal = [[sum(a == b for a, b in zip(p, g, strict=True)) for g in gold] for p in pred]
-    return best_assignment(equal)
-
-
-def best_assignment(worth):
-    """The highest sum of worth[i][j] over pairs (i, j) in which no row i and no column j occurs twice.
-
-    Kuhn–Munkres: each row in turn finds the cheapest augmenting path, potentials keep the reduced costs ≥ 0.
-    O(min² · max) for a table of min × max, so a gold set of 21 against a runaway answer of hundreds takes
-    milliseconds. SciPy's linear_sum_assignment does the same; 01 and 02 run without SciPy.
-    """
-    if not worth or not worth[0]:
-        return 0
-    if len(worth) > len(worth[0]):
-        worth = [list(column) for column in zip(*worth, strict=True)]
-    rows, columns = range(1, len(worth) + 1), range(1, len(worth[0]) + 1)  # 0 is the free row, and the start
+    rows = min(pred, gold, key=len)
+    columns = gold if rows is pred else pred
+    cost = [[-equal_components(row, column) for column in columns] for row in rows]
     row_potential = [0] * (len(rows) + 1)
     column_potential = [0] * (len(columns) + 1)
-    row_of = [0] * (len(columns) + 1)  # column → the row that has it
-    for row in rows:
-        row_of[0] = row
+    owner = [0] * (len(columns) + 1)  # row of a column; both count from 1, row 0 is none, column 0 the start
+    for row in range(1, len(rows) + 1):
+        owner[0] = row
         column = 0
-        cheapest = [float("inf")] * (len(columns) + 1)  # column → the cost of the cheapest path to it
-        reached_from = [0] * (len(columns) + 1)  # column → the column before it on that path
-        visited = [False] * (len(columns) + 1)
-        while row_of[column]:
-            visited[column] = True
-            here = row_of[column]
-            open_columns = [k for k in columns if not visited[k]]
-            for k in open_columns:
-                cost = -worth[here - 1][k - 1] - row_potential[here] - column_potential[k]
-                if cost < cheapest[k]:
-                    cheapest[k] = cost
+        slack = [float("inf")] * (len(columns) + 1)  # the cheapest way to a column, beyond the potentials
+        reached_from = [0] * (len(columns) + 1)
+        used = [False] * (len(columns) + 1)
+        while owner[column]:
+            used[column] = True
+            here = owner[column]
+            for k in range(1, len(columns) + 1):
+                gap = cost[here - 1][k - 1] - row_potential[here] - column_potential[k]
+                if not used[k] and gap < slack[k]:
+                    slack[k] = gap
                     reached_from[k] = column
-            column = min(open_columns, key=cheapest.__getitem__)
-            step = cheapest[column]
+            following = min((k for k in range(1, len(columns) + 1) if not used[k]), key=slack.__getitem__)
+            step = slack[following]
             for k in range(len(columns) + 1):
-                if visited[k]:
-                    row_potential[row_of[k]] += step
+                if used[k]:
+                    row_potential[owner[k]] += step
                     column_potential[k] -= step
                 else:
-                    cheapest[k] -= step
-        while column:  # along the path, each column goes to the row that reached it
-            row_of[column] = row_of[reached_from[column]]
+                    slack[k] -= step
+            column = following
+        while column:  # along the way back every column changes its row
+            owner[column] = owner[reached_from[column]]
             column = reached_from[column]
-    return sum(worth[row_of[k] - 1][k - 1] for k in columns if row_of[k])
+    pairs = [(owner[k] - 1, k - 1) for k in range(1, len(columns) + 1) if owner[k]]
+    return pairs if rows is pred else [(column, row) for row, column in pairs]
 
 
 # -------------------------------------------------------------------------------- metrics (§4)

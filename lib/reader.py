@@ -11,11 +11,10 @@ import re
 from types import SimpleNamespace
 from typing import NamedTuple
 
-MOST_READ = 100_000  # characters; what follows in a longer answer counts as one malformed item
-OPENERS = dict(zip("[［【〔「『({（｛<《〈⟨", "[[[[[[({({<<<<", strict=True))  # opening bracket → its kind
-CLOSERS = dict(
-    zip("]］】〕」』)}）｝>》〉⟩", "[[[[[[({({<<<<", strict=True)
-)  # closing bracket → what it closes
+MOST_READ = 50_000  # characters; what follows in a longer answer counts as one malformed item
+SAME = "[[[[[[({({<<<<"  # the kind of each bracket
+OPENERS = dict(zip("[［【〔「『({（｛<《〈⟨", SAME, strict=True))  # opening bracket → its kind
+CLOSERS = dict(zip("]］】〕」』)}）｝>》〉⟩", SAME, strict=True))  # closing bracket → what it closes
 LEFT = re.escape("".join(OPENERS))
 RIGHT = re.escape("".join(CLOSERS))
 TAKEN = "\x01"  # fills the place of a bracket that has been read
@@ -72,25 +71,11 @@ KEY = re.compile(  # `"head":`, `head=`, `- **Head Type**:`, `| Head |`; group 1
     r"([A-Za-z][A-Za-z0-9 _-]{0,30}?)\**[\"'`”]?\s*(?:[:：]|=>?|\|)\**(?!/)"
 )
 KEY_WORDS = {  # what a word of a key says: a side (0 head, 2 tail), or what it holds of it
-    0: {"head", "subject", "subj", "source", "src", "from", "h", "s", "beg", "begin", "first", "1"},
-    2: {"tail", "object", "obj", "target", "tgt", "to", "t", "o", "sec", "second", "2"},
-    "relation": {"relation", "relations", "relationship", "rel", "predicate", "r"},
-    "type": {"type", "types", "category", "class", "label", "tag", "tags"},
-    "name": {
-        "name",
-        "text",
-        "entity",
-        "ent",
-        "e",
-        "id",
-        "mention",
-        "value",
-        "span",
-        "node",
-        "arg",
-        "of",
-        "the",
-    },
+    0: re.compile("head|subj(?:ect)?|source|src|from|h|s|beg(?:in)?|first|1"),
+    2: re.compile("tail|obj(?:ect)?|target|tgt|to|t|o|sec(?:ond)?|2"),
+    "relation": re.compile("relation(?:s|ship)?|rel|predicate|r"),
+    "type": re.compile("types?|category|class|label|tags?"),
+    "name": re.compile("name|text|ent(?:ity)?|e|id|mention|value|span|node|arg|of|the"),
 }
 # The pieces of a text as letters: N a name, T a type, R a relation; M, U, S the same behind a semicolon, and
 # n, t, r behind a line break. An item is then a word: head (h), its type (a), tail (t), its type (b),
@@ -177,7 +162,7 @@ def role(key):
     words = re.findall(r"[a-z]+|\d", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", key).lower())
     if words in (["t", "1"], ["t", "2"]):
         return 1 if words[1] == "1" else 3
-    meanings = [meaning for word in words for meaning, spellings in KEY_WORDS.items() if word in spellings]
+    meanings = [what for word in words for what, spelled in KEY_WORDS.items() if spelled.fullmatch(word)]
     sides = {meaning for meaning in meanings if meaning in (0, 2)}
     if not words or len(meanings) < len(words) or len(sides) + ("relation" in meanings) > 1:
         return None

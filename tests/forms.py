@@ -1,6 +1,7 @@
-"""How quintuples are written: FORMS, a name → a function from a list of quintuples to a text that states them.
+"""How quintuples are written: FORMS, a name → a function from a list of quintuples to a text.
 
-Forms that models were seen to write, or that published prompts ask for; test_reader.py writes real gold sets in each.
+Forms that models were seen to write, or that published prompts ask for; test_reader.py writes real gold sets
+in each.
 """
 
 import json
@@ -25,7 +26,8 @@ XML = (
 )
 THOUGHTS = "Maybe [A, per, B, loc, peer]? No."
 
-# name: what one quintuple looks like ({0} … {4} its fields, {i} its number), and what stands between, before, after
+# name: what one quintuple looks like ({0} … {4} its fields, {i} its number), what stands between, before,
+# after
 TEMPLATES = {
     "canonical": (ITEM, "\n", "", ""),
     "commas between": (ITEM, ", ", "", ""),
@@ -78,7 +80,12 @@ TEMPLATES = {
     "key lines": (KEY_LINES, "\n\n", "", ""),
     "key bullets": (KEY_BULLETS, "\n", "", ""),
     "keys, types in brackets": ("- Head: {0} ({1})\n  Relation: {4}\n  Tail: {2} ({3})", "\n", "", ""),
-    "keys in brackets": ("[head: {0}, head type: {1}, tail: {2}, tail type: {3}, relation: {4}]", "\n", "", ""),
+    "keys in brackets": (
+        "[head: {0}, head type: {1}, tail: {2}, tail type: {3}, relation: {4}]",
+        "\n",
+        "",
+        "",
+    ),
     "YAML": (YAML, "\n", "quintuples:\n", ""),
     "XML": (XML, "\n", "", ""),
     "arrows": ("{0} ({1}) -> {4} -> {2} ({3})", "\n", "", ""),
@@ -89,7 +96,12 @@ TEMPLATES = {
     "pairs": ("[({0}, {1}), ({2}, {3}), {4}]", "\n", "", ""),
     "KECPM's sentence": ('The relation between {0} ({1}) and {2} ({3}) is "{4}";', "\n", "", ""),
     "comment behind": (f"{ITEM} (since she works there)", "\n", "", ""),
-    "courtesies around": (ITEM, "\n", "Sure! Here are the quintuples I found:\n\n", "\n\nLet me know what you think!"),
+    "courtesies around": (
+        ITEM,
+        "\n",
+        "Sure! Here are the quintuples I found:\n\n",
+        "\n\nLet me know what you think!",
+    ),
     "heading": (ITEM, "\n", "### Quintuples\n\n", ""),
     "reasoning, then Final Answer:": (ITEM, "\n", f"{THOUGHTS}\n\n**Final Answer:**\n", ""),
     "think block": (ITEM, "\n", f"<think>{THOUGHTS}</think>\n", ""),
@@ -106,7 +118,11 @@ KEYS = {
     "entity1 …": ("entity1", "type1", "entity2", "type2", "relation"),
     "source …": ("source", "source_type", "target", "target_type", "relationship"),
 }
-ORDERS = {"": (0, 1, 2, 3, 4), ", relation in the middle": (0, 1, 4, 2, 3), ", relation first": (4, 0, 1, 2, 3)}
+ORDERS = {
+    "": (0, 1, 2, 3, 4),
+    ", relation in the middle": (0, 1, 4, 2, 3),
+    ", relation first": (4, 0, 1, 2, 3),
+}
 
 
 def from_template(template, between, before, after):
@@ -192,12 +208,18 @@ FORMS |= {
     "Neo4j relationships": lambda qs: as_json({"relationships": [neo4j(q) for q in qs]}),
     "JMERE's own": lambda qs: as_json([jmere(q) for q in qs]),
     "wrapper": lambda qs: as_json({"quintuples": lists(qs)}),
-    "wrapper, further keys": lambda qs: as_json({"reasoning": "So it is.", "quintuples": objects(qs), "score": 0.9}),
+    "wrapper, further keys": lambda qs: as_json(
+        {"reasoning": "So it is.", "quintuples": objects(qs), "score": 0.9}
+    ),
     "fenced JSON": lambda qs: f"```json\n{as_json(lists(qs), 2)}\n```",
-    "talk, fenced JSON, talk": lambda qs: f"Here:\n\n```json\n{as_json(objects(qs), 2)}\n```\n\nNote: (probably) so.",
+    "talk, fenced JSON, talk": lambda qs: (
+        f"Here:\n\n```json\n{as_json(objects(qs), 2)}\n```\n\nNote: (probably) so."
+    ),
     "trailing commas": lambda qs: "[\n" + "".join(f"  {as_json(row)},\n" for row in lists(qs)) + "]",
     "comments #": lambda qs: "[\n" + "".join(f"  {as_json(row)},  # so it says\n" for row in lists(qs)) + "]",
-    "comments //": lambda qs: "[\n" + "".join(f"  {as_json(row)}, // as it says\n" for row in objects(qs)) + "]",
+    "comments //": lambda qs: (
+        "[\n" + "".join(f"  {as_json(row)}, // as it says\n" for row in objects(qs)) + "]"
+    ),
     "strings": lambda qs: as_json([FIELDS.format(*q) for q in qs]),
     "strings with brackets": lambda qs: as_json([ITEM.format(*q) for q in qs]),
     "answer in a string": lambda qs: as_json({"answer": "\n".join(ITEM.format(*q) for q in qs)}),

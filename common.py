@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import Levenshtein
 
-from lib import leaks, prose, reader
+from lib import leaks, prose, reader, signs
 
 # -------------------------------------------------------------------------------- errors and exit codes
 
@@ -398,14 +398,14 @@ def parse_response(text, direct=False):
     """
     thoughts, said, answers = prose.take_apart(text)
     if answers:
-        given = [answer for answer in answers if answer.strip(reader.BLANK)]
+        given = [answer for answer in answers if answer.strip(signs.BLANK)]
         answer = given[-1] if given else ""
     else:
         answer = "".join(said) if direct or thoughts else ""
     found = READER.read(answer)
     return Response(
         think="\n".join(thoughts).strip(),
-        answer=answer.strip(reader.BLANK),
+        answer=answer.strip(signs.BLANK),
         quintuples=tuple(quintuple(*item) for _, item in found.items),
         malformed=found.malformed,
         stray=found.stray,

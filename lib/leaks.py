@@ -8,12 +8,15 @@ is no leak. Knows no prompt; common.leaked says what follows. Measured by tests/
 import re
 
 TUPLES = r"(?:quintuples?|(?:5|five)-?tuples?|tuples?)"
-ITEM = r"(?:[\[(][^\])\n]*[\])] )?"  # the quintuple itself may stand between the word and what is said of it
+ITEM = r"(?:[\[(][^\])\n]{0,200}[\])] )?"  # the quintuple itself may stand between the word and what is said of it
 GIVEN = r"given|provided|supplied|annotated|specified|pre-?defined|labell?ed"
 GOLD = r"gold(?:en)?|target|expected|reference"
 # "given by the tweet", "listed on the poster" names another source.
 NO_SOURCE = r"(?! (?:\w+ )?(?:by|in|on|at|to|with|from|away)\b)"
-THE = r"(?:(?<=the )|(?<=this )|(?<=that )|(?<=our )|(?<=your )|(?<=its )|(?<=with )|(?<=by )|(?<=to )|(?<=of ))"
+THE = (
+    r"(?:(?<=the )|(?<=this )|(?<=that )|(?<=our )|(?<=your )|(?<=its )|(?<=with )|(?<=by )|(?<=to )"
+    r"|(?<=of ))"
+)
 NO_CHOICE = (
     r"(?<!from the )(?<!among the )(?<!of the )"  # "among the given relations" chooses from the label set
 )
@@ -51,7 +54,7 @@ LEAKS = [
     rf"{THE}{NO_CHOICE}(?:{GIVEN}|{GOLD}) (?:\w+ )?"
     r"(?:labels?|answers?|output|relations?(?:hips?)?|types?)",
     rf"(?:relation|label)s?(?: labels?)? (?:provided|given|supplied|annotated)\b{NO_SOURCE}",
-    rf"(?:relation(?:ship)?|type|label|entit(?:y|ies))s? (?:\w+ ){{0,3}}(?:is|are|was|were|has been|have been)"
+    rf"(?:relation(?:ship)?|type|label|entit(?:y|ies))s? (?:\w+ ){{0,3}}(?:is|are|was|were|ha(?:s|ve) been)"
     r"(?: already| \w+ly)? (?:given|provided|specified|annotated|pre-?defined|supplied|known to be)\b"
     rf"{NO_SOURCE}",
     r"(?:the|our|these|those) labels (?:\w+ )?"

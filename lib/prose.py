@@ -104,7 +104,8 @@ def without_rules(body):
 # -------------------------------------------------------------------------------- points
 
 RULE = re.compile(
-    r"(?<![^\W_])(?:R_?|Rule[\s\"':#_-]*|Criterion\s*)(\d{1,2})(?!\d)(?:\s*\([^()\n]*\))?|^\W*(\d)[.):](?=\s)",
+    r"(?<![^\W_])(?:R_?|Rule[\s\"':#_-]{0,9}|Criterion\s{0,9})(\d{1,2})(?!\d)(?:\s*\([^()\n]*\))?"
+    r"|^[^\w\n]*(\d)[.):](?=\s)",
     re.I | re.M,
 )
 POINT = r"(?<![\d.,−-])(\d+(?:\.\d+)?)(?![\d.,]*\d)"
@@ -147,7 +148,7 @@ def last_points(text, rules):
         if sorted(run) == list(range(1, rules + 1)):
             return tuple(run[rule] for rule in sorted(run))
     number = r"(\d+)(?:\s*/\s*\d+)?"
-    bare = re.findall(r"(?:^|[\[:=])\W*" + r"[\s,;|]+".join([number] * rules) + r"\W*$", text, re.M)
+    bare = re.findall(r"(?:^|[\[:=])\W{0,9}" + r"[\s,;|]+".join([number] * rules) + r"\W*$", text, re.M)
     return tuple(map(int, bare[-1])) if bare and len(rated) < 2 else None
 
 

@@ -54,7 +54,8 @@ KINDS = {
 }
 NAME = "[nrNRMS][NRMS]{0,30}"
 ITEM = re.compile(
-    rf"(?P<h0>{NAME})(?P<a0>[tTU])(?P<t0>{NAME})(?P<b0>[tTU])(?P<r0>[rRS]|[nNM](?=$|[ntrMUS]))([NR]+(?=[MS]))?"
+    rf"(?P<h0>{NAME})(?P<a0>[tTU])(?P<t0>{NAME})(?P<b0>[tTU])(?P<r0>[rRS]|[nNM](?=$|[ntrMUS]))"
+    r"([NR]+(?=[MS]))?"
     rf"|(?P<h1>{NAME})(?P<a1>[tTU])(?P<r1>[rRS])(?P<t1>{NAME})(?P<b1>[tTU])"
     rf"|(?P<r2>[rRS])(?P<h2>{NAME})(?P<a2>[tTU])(?P<t2>{NAME})(?P<b2>[tTU])"
     r"|(?P<h3>[nrNRMS])(?P<t3>[nrNRMS])(?P<a3>[tTU])(?P<b3>[tTU])(?P<r3>[rRS])"
@@ -62,14 +63,19 @@ ITEM = re.compile(
 )
 
 
+def closes(kind, opened):
+    """Whether a closing bracket has its partner among the opened ones; ) and > only in the last."""
+    return kind in opened if kind in "[{" else kind in opened[-1:]
+
+
 class Reader:
     """Reads lists of (name, type, name, type, relation) of one label set. aliases: {spelling: label}."""
 
     def __init__(self, types, relations, aliases):
-        self.types = {label: label for label in types} | {a: t for a, t in aliases.items() if t in types}
-        spellings = {label: label for label in relations}
-        spellings |= {alias: label for alias, label in aliases.items() if label in relations}
-        self.relations = {spelling.replace(" ", ""): label for spelling, label in spellings.items()}
+        labels = {label: label for label in (*types, *relations)} | aliases
+        self.types = {spelling: label for spelling, label in labels.items() if label in types}
+        spellings = [spelling for spelling, label in labels.items() if label in relations]
+        self.relations = {spelling.replace(" ", ""): labels[spelling] for spelling in spellings}
         a_type = f"({'|'.join(self.types)})"
         longest_first = sorted(spellings, key=len, reverse=True)
         a_relation = f"({'|'.join(longest_first)})".replace(" ", r"[\s_\\-]*")
@@ -83,26 +89,37 @@ class Reader:
 
     def type_of(self, text):
         """'PER.', '"per"', 'org (organization)' → the type, or None."""
-        match = self.type.fullmatch(text) if len(text) < 40 else None
-        labels = {self.types[word.lower()] for word in match.groups() if word} if match else ()
+        match = self.type.fullmatch(text)
+        if match is None or len(text) > 40:
+            return None
+        labels = {self.types[word.lower()] for word in match.groups() if word}
         return labels.pop() if len(labels) == 1 else None
 
     def relation_of(self, text):
         """→ (the relation that `text` begins with, the comment after it), or None."""
         match = self.relation.match(text)
-        return match and (self.relations[re.sub(r"[\W_]", "", match[1]).lower()], match[2])
+        if match is None:
+            return None
+        spelling = re.sub(r"[\W_]", "", match[1]).lower()
+        return self.relations[spelling], match[2]
 
     def kind(self, piece):
         """The letter of a piece, see ITEM."""
-        kind = "T" if self.type_of(piece.text) else "R" if self.relation_of(piece.text) else "N"
-        return kind.translate(KINDS.get(piece.before.replace(TAKEN, "\n")[:1], {}))
+        kind = "N"
+        if self.type_of(piece.text):
+            kind = "T"
+        elif self.relation_of(piece.text):
+            kind = "R"
+        before = piece.before.replace(TAKEN, "\n")[:1]
+        return kind.translate(KINDS.get(before, {}))
 
     def add(self, found, place, head, head_type, tail, tail_type, relation):
         """Take in an item: names as meant, labels as they stand in the text. An empty field is a fault."""
-        known = self.relation_of(relation)
-        labels = [self.type_of(text) or bare(text) for text in (head_type, tail_type)]
-        item = (head, labels[0], tail, labels[1], known[0] if known else bare(relation))
-        found.stray += bool(known and LETTER.search(known[1]))
+        head_type = self.type_of(head_type) or bare(head_type)
+        tail_type = self.type_of(tail_type) or bare(tail_type)
+        label, comment = self.relation_of(relation) or (bare(relation), "")
+        item = (head, head_type, tail, tail_type, label)
+        found.stray += LETTER.search(comment) is not None
         if all(field.strip() for field in item):
             found.items.append((place, item))
         else:
@@ -124,8 +141,8 @@ class Reader:
         rest = self.lines(self.brackets(text[:MOST_READ], found), found)
         talk = [line for line in rest if LETTER.search(line.replace(" and ", ""))]
         if talk and not found.items and not found.malformed:
-            whole = "\n".join(BULLET.sub("", line, count=1) for line in rest)
-            if self.fields(whole, found, 0):
+            whole = [BULLET.sub("", line, count=1) for line in rest]
+            if self.fields("\n".join(whole), found, 0):
                 talk = []  # it was one item, a field a line
         if not found.items:
             said = [line for line in talk if len(line) > 300 or not NOTHING.fullmatch(unlabelled(line))]
@@ -147,7 +164,9 @@ class Reader:
             return False
         typed = self.type_in_brackets.sub(r"|\1|", BETWEEN.sub("", text))
         typed = self.after_type.sub(r"|\1|", typed)  # Ann Lee (per) is a member of Acme (org)
-        return self.word(typed, PIECES, ".", found, place) or self.word(text, ALL_PIECES, ".", found, place)
+        if self.word(typed, PIECES, ".", found, place):
+            return True
+        return self.word(text, ALL_PIECES, ".", found, place)
 
     def word(self, text, pattern, end, found, place):
         """Read the items of a text cut by `pattern`. end: "" if the last piece may be an unknown relation."""
@@ -159,31 +178,40 @@ class Reader:
         for match in matches:
             self.item(text, parts, match, found, place)
         if matches:
-            left = ITEM.sub(lambda match: "_" * len(match[0]), kinds + end)
-            talk = {left[k] for k, part in enumerate(parts) if LETTER.search(part.text)} - {"_"}
-            found.malformed += bool(talk & {"t", "T", "U"})
-            found.stray += bool(talk)
+            left = ITEM.sub(lambda match: "_" * len(match[0]), kinds)
+            talk = {kind for kind, part in zip(left, parts, strict=True) if LETTER.search(part.text)}
+            found.malformed += not talk.isdisjoint("tTU")
+            found.stray += not talk.issubset("_")
         return bool(matches)
 
     def item(self, text, parts, match, found, place):
         """Read the item that ITEM matched. A name is all that stands from its first piece to its last."""
-        spans = {name[0]: match.span(name) for name, kinds in match.groupdict().items() if kinds}
-        raw = {name: text[parts[begin].start : parts[end - 1].end] for name, (begin, end) in spans.items()}
-        if parts[spans["h"][0]].before == "\n":
-            raw["h"] = BULLET.sub("", raw["h"], count=1)
+        raw = {}
+        for name, kinds in match.groupdict().items():
+            if kinds:
+                own = parts[match.start(name) : match.end(name)]
+                raw[name[0]] = text[own[0].start : own[-1].end]
+                if name[0] == "h" and own[0].before == "\n":
+                    raw["h"] = BULLET.sub("", raw["h"], count=1)
         head = unlabelled(raw["h"])
         head = bare(head) or outer(head)  # its bracket may not have been closed
-        in_pairs = raw["a"].strip()[-1] in CLOSERS and raw["b"].strip()[-1] in CLOSERS
-        tail = outer(raw["t"]) if in_pairs else bare(raw["t"])
-        self.add(found, place + parts[match.start()].start, head, raw["a"], tail, raw["b"], raw["r"])
+        tail = bare(raw["t"])
+        if {raw["a"].strip()[-1], raw["b"].strip()[-1]} <= CLOSERS.keys():  # (name, type), (name, type)
+            tail = outer(raw["t"])
+        place += parts[match.start()].start
+        self.add(found, place, head, raw["a"], tail, raw["b"], raw["r"])
 
     def keyed(self, text, found, place):
         """Read items whose parts have names: objects, keyword arguments, `Head: …` → whether there is any."""
-        marks = [(role(match[2].strip()), match) for match in KEY.finditer(text)]
-        marks = [mark for mark in marks if mark[0] is not None or mark[1][1] or mark[1][0][0] == "\n"]
+        marks = []
+        for match in KEY.finditer(text):
+            name = role(match[2].strip())
+            if name is not None or match[1] or match[0][0] == "\n":
+                marks.append((name, match))
         if len({name for name, _ in marks} - {None}) < 3:
             return False
-        ends = [match.start() for _, match in marks[1:]] + [len(text)]
+        ends = [match.start() for _, match in marks[1:]]
+        ends.append(len(text))
         items = [{}]
         side = None  # 0 or 2: the name to which "name" and "type" belong
         for (name, match), end in zip(marks, ends, strict=True):
@@ -201,13 +229,13 @@ class Reader:
             if name in fields:
                 items.append({})
             items[-1][name] = value
-        items = [self.with_types(item) for item in items]
-        whole = [item for item in items if len(item) == 5]
-        for item in whole:
-            self.add(found, place, *(item[k] for k in range(5)))
-        partial = sum(2 < len(item) < 5 for item in items)
-        found.malformed += partial
-        return bool(whole or partial)
+        sizes = set()
+        for fields in map(self.with_types, items):
+            sizes.add(len(fields))
+            if len(fields) == 5:
+                self.add(found, place, *map(fields.get, range(5)))
+            found.malformed += 2 < len(fields) < 5
+        return max(sizes) > 2
 
     def with_types(self, fields):
         """Values as meant; a name beside its type, `Ann Lee (per)` or `["Ann Lee", "per"]`, gives both."""
@@ -217,16 +245,16 @@ class Reader:
             whole = unquoted(string[0]) if string else value.partition("\n")[0]
             result[k] = whole if string else outer(whole)
             typed = self.type_in_brackets.sub(r"|\1|", whole[:1000])
-            parts = pieces(typed)
-            if k in (0, 2) and k + 1 not in fields and len(parts) > 1 and self.type_of(parts[-1].text):
-                result[k] = outer(typed[: parts[-2].end])
-                result[k + 1] = parts[-1].text
+            *name, last = pieces(typed) or [None]
+            if k in (0, 2) and k + 1 not in fields and name and self.type_of(last.text):
+                result[k] = outer(typed[: name[-1].end])
+                result[k + 1] = last.text
         return result
 
     def nested(self, text, found, place):
         """Read items that stand whole in strings: `["Ann Lee, per, Acme, …"]` → whether there are any."""
-        strings = [unquoted(match[0]) for match in STRING.finditer(text) if self.type_word.search(match[0])]
-        readings = [self.read(string) for string in strings]
+        strings = [match[0] for match in STRING.finditer(text)]
+        readings = [self.read(unquoted(string)) for string in strings if self.type_word.search(string)]
         if not any(inner.items for inner in readings):
             return False
         for inner in readings:
@@ -257,7 +285,7 @@ class Reader:
                 stack[-1][2].append(text[last:place])
                 stack.append((place, sign, []))
                 last = match.end()
-            elif sign in CLOSERS and CLOSERS[sign] in (kinds if CLOSERS[sign] in "[{" else kinds[-1:]):
+            elif sign in CLOSERS and closes(CLOSERS[sign], kinds):
                 stack[-1][2].append(text[last:place])
                 last = match.end()
                 while OPENERS.get(stack[-1][1]) != CLOSERS[sign]:  # one that was not closed
@@ -269,7 +297,8 @@ class Reader:
                     stack[-1][2].append(TAKEN * (last - begin))
                 else:
                     stack[-1][2].extend([opener, inside, sign])
-        return "".join(part for _, sign, parts in stack for part in (sign, *parts)) + text[last:]
+        stack.append((last, text[last:], []))
+        return "".join(sign + "".join(parts) for _, sign, parts in stack)
 
     def bracket(self, inside, kind, text, begin, at_root, found):
         """Read one bracket → whether it was read; otherwise it belongs to the text around it."""
@@ -293,7 +322,9 @@ class Reader:
             return True
         before = text[max(0, begin - 80) : begin].rpartition("\n")[2]
         in_sentence = kind == "(" and at_root and LETTER.search(unlabelled(before))
-        if self.nested(inside, found, begin) or (not in_sentence and self.five(inside, found, begin)):
+        if self.nested(inside, found, begin):
+            return True
+        if not in_sentence and self.five(inside, found, begin):
             return True
         is_label = self.type_of(inside) or self.relation_of(inside) or not LETTER.search(inside)
         is_item = kind == "[" or (not in_sentence and kind != "<" and len(pieces(inside)) > 2)

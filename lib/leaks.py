@@ -8,7 +8,7 @@ is no leak. Knows no prompt; common.leaked says what follows. Measured by tests/
 import re
 
 TUPLES = r"(?:quintuples?|(?:5|five)-?tuples?|tuples?)"
-ITEM = r"(?:[\[(][^\])\n]{0,200}[\])] )?"  # the quintuple itself may stand between the word and what is said of it
+ITEM = r"(?:[\[(][^\])\n]{0,200}[\])] )?"  # the quintuple itself may stand between
 GIVEN = r"given|provided|supplied|annotated|specified|pre-?defined|labell?ed"
 GOLD = r"gold(?:en)?|target|expected|reference"
 # "given by the tweet", "listed on the poster" names another source.

@@ -293,12 +293,12 @@ def test_the_budget_holds_both_passes_of_02(folder):
     with FakeOpenAI(teacher()) as server:
         distil(folder, server)
     with FakeOpenAI(teacher()) as server:  # 110 tokens a call: $0.11
-        done = select(folder, server, "--price", 1000, 1000, "--budget", 3, "--concurrency", 1)
+        done = select(folder, server, "--price", 1000, 1000, "--budget", 4, "--concurrency", 1)
         assert done.returncode == 3 and "budget" in done.stderr
-        assert len(server.requests) == 27  # 20 re-predictions and 7 scores
-        again = select(folder, server, "--price", 1000, 1000, "--budget", 3, "--concurrency", 1)
-        assert again.returncode == 3 and len(server.requests) == 27
-    assert stats_of(folder)["dollars"] == pytest.approx(2.97)
+        assert len(server.requests) == 36  # 20 re-predictions and 16 scores
+        again = select(folder, server, "--price", 1000, 1000, "--budget", 4, "--concurrency", 1)
+        assert again.returncode == 3 and len(server.requests) == 36
+    assert stats_of(folder)["dollars"] == pytest.approx(3.96)
 
 
 def test_a_run_where_nothing_is_left(folder):

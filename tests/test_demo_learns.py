@@ -17,8 +17,8 @@ from demo import tables
 from lib import data
 
 SHORT = {"VAL": "12", "TEST": "40", "EPOCHS_RL": "0.03", "EPOCHS_ONLY_RL": "0.01"}
-EIGHT = r"""deepspeed --num_gpus 1 --master_port $PORT 04_grpo.py --model demo/base/llava \
-    --adapter "$WORK/sft/best" --data "$WORK/world/eight.jsonl" --out "$WORK/eight" \
+EIGHT = r"""deepspeed --num_gpus 1 --master_port $PORT 04_grpo.py \
+    --adapter "$WORK/sft/best" --no-val --data "$WORK/world/eight.jsonl" --out "$WORK/eight" \
     --epochs 10 --batch-size 8 --group-size 8 --skip-constant-groups \
     --temperature 0.4 --lr 3e-4 --max-new-tokens 192"""
 

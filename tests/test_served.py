@@ -325,7 +325,7 @@ def test_weighted_loss_and_gradient_equal_trl(kl_coef):
     mask = torch.arange(5)[None] < torch.randint(1, 6, (6, 1))
     weights = weights_of(mask)
     loss, _ = grpo.grpo_loss(logps, logps.detach(), ref_logps, advantages, weights, kl_coef, importance)
-    theirs = trl_loss(logps, ref_logps, advantages, mask, kl_coef, importance)
+    theirs = trl_loss(logps, ref_logps, advantages, mask, kl_coef, importance=importance)
     torch.testing.assert_close(loss, theirs, rtol=1e-5, atol=1e-6)
     [ours] = torch.autograd.grad(loss, logps)
     [gradient] = torch.autograd.grad(theirs, logps)

@@ -149,23 +149,16 @@ def test_learning_rate():
     assert training.lr_at(60, 100, SimpleNamespace(lr=1.0, warmup_ratio=0.2, schedule="linear")) == 0.5
 
 
-# -------------------------------------------------------------------------------- the model against plain
-# transformers
+# -------------------------------------------------------------------------------- the model and transformers
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def loaded(request, tiny, world):
     model, processor = vlm.load(str(tiny(request.param)))
-    examples = data.load_examples(world / "test.jsonl")
-    texts = [common.REASON_PROMPT, common.DIRECT_PROMPT]
-    return (
-        model,
-        processor,
-        [
-            (text.format(text=example.text), example.image)
-            for text, example in zip(texts, examples, strict=True)
-        ],
-    )
+    first, second, *_ = data.load_examples(world / "test.jsonl")
+    reason = (common.REASON_PROMPT.format(text=first.text), first.image)
+    direct = (common.DIRECT_PROMPT.format(text=second.text), second.image)
+    return model, processor, [reason, direct]
 
 
 def plain_inputs(processor, item):

@@ -49,8 +49,8 @@ ZERO_SHOT = 0.15  # right, when nothing was distilled: a model that sees but doe
 REFUSAL = "I'm sorry, I can't assist with that."
 BLIND = "I cannot make out this image."
 
-# How GPT-4o betrays that it was given the labels, and how it refuses. These lists were written before the filters
-# of common.py, which do not know them: tests/test_reader.py counts what the filters miss.
+# How GPT-4o betrays that it was given the labels, and how it refuses. These lists were written before the
+# filters (lib/leaks, lib/reply), which do not know them: tests/test_reader.py counts what the filters miss.
 LEAKING_CLUES = [
     "the given quintuples say",
     "as annotated",

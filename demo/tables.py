@@ -21,6 +21,7 @@ PARADIGMS = {  # row: the folder that run.sh gives it
     "SFT": "test-answer",
     "CoT-SFT": "test-sft",
     "Only-RL": "test-only-rl",
+    "SFT + GRPO, no thoughts": "test-grpo-answer",
     "JMERE-R1": "test-grpo",
     "JMERE-R1, grey images": "test-grey",
 }
@@ -69,6 +70,13 @@ def reward(folder):
     return mean(rewards)
 
 
+def tokens(folder):
+    """Mean length of a run's responses in tokens; None where they were not counted."""
+    rows = [row for _, row in data.read_jsonl(folder / "predictions.jsonl")]
+    lengths = [response.get("tokens") for row in rows for response in row["responses"]]
+    return None if None in lengths else mean(lengths)
+
+
 def reward_of(text, gold):
     """Eq. 5 with the paper's weights."""
     response = common.parse_response(text)
@@ -91,6 +99,7 @@ def scores(folder):
         "MNER F1": 100 * metrics["scores"]["mner"]["f1"],
         "parsed": 100 - 100 * responses["unparsed"] / responses["responses"],
         "reward (≤ 1.5)": reward(folder),
+        "tokens": tokens(folder),
     }
 
 
@@ -157,7 +166,7 @@ def show(title, folders, runs, figures=scores):
     print(f"\n**{title}**\n")
     lacking = lacks(folders, runs)
     if lacking:
-        print(f"{lacking} was not made (demo/ablations.sh makes it).")
+        print(f"{lacking} was not made (demo/run.sh or demo/ablations.sh makes it).")
         return
     rows = []
     for name, run in runs.items():
@@ -284,7 +293,7 @@ def parse_args(argv=None):
 @common.exit_codes
 def main(args):
     folders = args.work
-    show("Five paradigms (Tables 1 and 3)", folders, PARADIGMS)
+    show("Paradigms (Tables 1 and 3)", folders, PARADIGMS)
     print("\n**Share of the gain over zero-shot, and what GRPO adds to CoT-SFT**\n")
     print_rows([gain_row(folder) for folder in folders])
     show("Ablations (Table 2)", folders, WITHOUT)

@@ -38,6 +38,7 @@ FINAL = re.compile(
     r"^[ \t#*_>-]*(?:the )?final (?:answer|output|result|quintuple|list)s?\b[^\n:：]{0,20}(?:[:：]|$)",
     re.I | re.M,
 )
+SHRUG = re.compile(r"[?？…]|\.\.")  # without a word or a whole bracket it says neither this nor that
 NOTHING = re.compile(
     r"\W*(?:there (?:is|are) )?(?:none|no|null|nil|n/?a|nothing|empty|无|没有)?(?: ?(?:list|set|answer))?\W*"
     r"|.*\b(?:none|nothing|no|not|cannot|\w+n['’]t)\b[^.\n]*\b"
@@ -133,6 +134,9 @@ class Reader:
         """
         found = SimpleNamespace(items=[], malformed=0, stray=0, empty=False)
         text = rewritten(text)
+        if SHRUG.search(text) and not re.search(r"\w|[\[({]\s*[\])}]", text):
+            found.malformed = 1
+            return found
         finals = [match.end() for match in FINAL.finditer(text)]
         if finals and re.search(r"\w", text[finals[-1] :]):
             text = text[finals[-1] :]

@@ -89,7 +89,10 @@ def parse_args(argv=None):
     )
     group.add_argument("--seed", type=int, default=0, help="breaks ties [ours: the paper draws at random]")
     group.add_argument(
-        "--human", help='human scores {"id", "candidate", "score"} to compare with [paper Figure 6]'
+        "--human",
+        help='human scores, JSONL {"id", "candidate", "score"} or CSV, to compare with [paper Figure 6]; '
+        "only chains that the judge scored count: those that re-prediction left, or all with "
+        "--no-reprediction [ours]",
     )
     api.add_api_arguments(model, parser.add_argument_group("runtime"))
     args = parser.parse_args(argv)
@@ -377,7 +380,7 @@ def main(args):
         prompts["score"] = common.SCORE_PROMPT
 
     # 1. Candidates, and who answers. Every fault is found before the first paid call.
-    data.existing("--cot", args.cot, "01_distill.py writes it")
+    data.existing("--cot", args.cot, "made by 01_distill.py")
     ask.check_outputs(outputs(args, files), inputs=[args.cot, args.human])
     human = agreement.read_human(args.human) if args.human else {}
     funnel = Funnel(load_candidates(args, paid=bool(files)))

@@ -417,9 +417,8 @@ def main(args):
                     sums["importance"] += (importance * completion_mask).sum().item()
                 else:
                     loss = training.zero_loss(model)
-                engine.backward(
-                    loss * ranks.world, scale_wrt_gas=False
-                )  # gradients add up over micro-steps and ranks
+                # gradients add up over micro-steps and ranks
+                engine.backward(loss * ranks.world, scale_wrt_gas=False)
                 engine.step()
 
         # 4. Log

@@ -1,6 +1,7 @@
-"""The task, in plain Python: labels, data, prompts, parsing, rewards, metrics, JSONL and the chat API client.
+"""The task, in plain Python: labels, prompts, what models write and how it is read, rewards, metrics.
 
-Imports neither torch nor transformers, so that 01 and 02 run on a laptop with openai, pillow, tqdm and Levenshtein alone.
+Imports neither torch nor transformers, so that 01 and 02 run on a laptop with openai, pillow, tqdm and
+Levenshtein alone.
 §, Eq. and App. refer to the paper (JMERE-R1); [ours] marks a decision where the paper is silent.
 
     m  gold quintuples of one example        n  predicted quintuples, repeats counted
@@ -19,7 +20,9 @@ from typing import NamedTuple
 
 import Levenshtein
 
-# ------------------------------------------------------------------------------------------------ errors and exit codes
+from lib import leaks, prose, reader, signs
+
+# -------------------------------------------------------------------------------- errors and exit codes
 
 
 class InputError(Exception):
@@ -29,7 +32,7 @@ class InputError(Exception):
 
 
 class Stopped(Exception):
-    """The run stopped before its end for a reason outside the data: key, quota, budget. One line; exit code 3."""
+    """The run stopped early for a reason outside the data: key, quota, budget. One line; exit code 3."""
 
     exit_code = 3
 
@@ -39,8 +42,17 @@ def first_line(error):
     return str(error).strip().split("\n")[0][:200]
 
 
+def visible(text):
+    """`text` with what a terminal would obey or hide written out: escape codes, line breaks, bidi marks.
+
+    >>> visible("a" + chr(27) + "[31m")
+    'a\\\\x1b[31m'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse with a script's docstring and every default in --help, and one line, from one rank, where an argument is wrong."""
+    """argparse with a script's docstring and all defaults in --help; one line for a wrong argument."""
 
     def __init__(self, description):
         super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
@@ -50,13 +62,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         message = re.sub(r"^argument (\S+): ", r"\1 ", message)
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {message} (--help tells all arguments)", file=sys.stderr, flush=True)
+            print(f"error: {visible(message)} (--help tells all arguments)", file=sys.stderr, flush=True)
         sys.exit(InputError.exit_code)
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
-        if action.default in (None, False, argparse.SUPPRESS) or action.default == []:
+        if action.default is False or action.default in (None, argparse.SUPPRESS, []):  # 0 is a default
             return action.help
         return f"{action.help} (default: %(default)s)"
 
@@ -88,31 +100,66 @@ def above(bound, number=float):
 
 
 def exit_codes(main):
-    """Decorate `main(args)`: exit codes 0 done, 1 some rows failed, 2 input, 3 stopped; no traceback for what a user can cause."""
+    """Decorate `main(args)`: exit codes 0 done, 1 some rows failed, 2 input, 3 stopped.
+
+    No traceback for what a user can cause.
+    """
 
     @functools.wraps(main)
     def run(args):
         try:
             code = main(args)
+            sys.stdout.flush()
         except (InputError, Stopped) as error:
             rank = os.environ.get("RANK", "0")
-            print(f"{'' if rank == '0' else f'[rank {rank}] '}error: {error}", file=sys.stderr, flush=True)
+            where = "" if rank == "0" else f"[rank {rank}] "
+            print(f"{where}error: {visible(str(error))}", file=sys.stderr, flush=True)
             code = error.exit_code
+        except BrokenPipeError:  # `| head` has seen enough: what comes after goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 0
         if code:
             sys.exit(code)
 
     return run
 
 
-# ------------------------------------------------------------------------------------------------ labels and normalisation
+# -------------------------------------------------------------------------------- labels and normalisation
 
-TYPES = ("per", "org", "loc", "misc")
-RELATIONS = (
-    "parent", "siblings", "couple", "neighbor", "peer", "charges", "alumi", "alternate names", "place of residence",
-    "place of birth", "member of", "subsidiary", "locate at", "contain", "present in", "awarded", "race", "religion",
-    "nationality", "part of", "held on",
-)  # fmt: skip
-ALIASES = {
+TYPE_MEANINGS = {
+    "per": "people, real or not",
+    "org": "organisations: clubs, companies, parties, bands, media",
+    "loc": "places",
+    "misc": "everything else that has a name: events, works, prizes, nationalities, religions",
+}
+# Which entity is the head: read off the annotations, relation by relation. Where a relation has no direction,
+# the annotators made the name that stands first in the tweet the head, nine times in ten.
+RELATION_MEANINGS = {
+    "parent": "head (per) is the mother or father of tail (per)",
+    "siblings": "head and tail (per) are brothers or sisters; head is the one named first",
+    "couple": "head and tail (per) are married, engaged or dating; head is the one named first",
+    "neighbor": "head and tail (per) live or stand next to each other; head is the one named first",
+    "peer": "head and tail (per) meet as equals: colleagues, team mates, rivals; head is the one named first",
+    "charges": "head (per) is in charge of tail (per): leads, coaches, appoints, dismisses",
+    "alumi": "head and tail (per) went to the same school; head is the one named first",
+    "alternate names": "head and tail (two per or two org) are one and the same; head is the one named first",
+    "place of residence": "head (per) lives, works or stays in tail (loc)",
+    "place of birth": "head (per) was born in tail (loc) or comes from there",
+    "member of": "head (per) plays, works or speaks for tail (org)",
+    "subsidiary": "head (org) is a part of tail (org) or belongs to it",
+    "locate at": "head (org) is in tail (loc) or acts there",
+    "contain": "head (loc) is the larger place, in which tail (loc) lies",
+    "present in": "head (per) takes part or appears in tail (misc): an event, a show, a work",
+    "awarded": "head (per) won, or is up for, tail (misc): a prize or a title",
+    "race": "head (per) is of tail (misc): a people or ethnic group",
+    "religion": "head (per) follows tail (misc): a religion",
+    "nationality": "head (per) is of tail (misc): a nation",
+    "part of": "head (misc) is a part of tail (misc)",
+    "held on": "head (misc) takes place, or is found, at tail (loc)",
+}
+TYPES = tuple(TYPE_MEANINGS)
+RELATIONS = tuple(RELATION_MEANINGS)
+ALIASES = {  # another spelling: the label
     "person": "per",
     "organization": "org",
     "organisation": "org",
@@ -143,7 +190,7 @@ def normalise_text(text):
 
 @functools.lru_cache(maxsize=1024)
 def normalise_label(label):
-    """A type or relation as the label set spells it; what is not in the set comes back folded, so it can be shown.
+    """A type or relation as the label set spells it; what is not in the set comes back folded, to be shown.
 
     >>> normalise_label("Member_Of"), normalise_label("PERSON"), normalise_label("alumni")
     ('member of', 'per', 'alumi')
@@ -155,8 +202,8 @@ def normalise_label(label):
 def as_item(value):
     """The five fields of `value` as a tuple, or None where it is no list of five non-empty strings.
 
-    >>> as_item(["A", "per", "B", "org", "peer"]), as_item(["A", "per", "B"]), as_item(["A", "per", "", "org", "peer"])
-    (('A', 'per', 'B', 'org', 'peer'), None, None)
+    >>> as_item(["A", "per", "B", "org", "peer"]), as_item(["A", "per", "", "org", "peer"])
+    (('A', 'per', 'B', 'org', 'peer'), None)
     """
     if not isinstance(value, list | tuple) or len(value) != len(Quintuple._fields):
         return None
@@ -175,146 +222,190 @@ def quintuple(head, head_type, tail, tail_type, relation):
     )
 
 
-# ------------------------------------------------------------------------------------------------ prompts
-# The paper prints the final lines of the reasoning prompt (App. E) and describes the others (§3.2, App. B, D); the wording
-# around them is [ours]. Every prompt is sent with the tweet's image before the text.
+def released_items(label):
+    """The items of one label of the JMERE release, as five fields."""
+    head = label["beg_ent"]
+    tail = label["sec_ent"]
+    return [(head["name"], head["tags"], tail["name"], tail["tags"], label["relation"])]
+
+
+def label_fault(q):
+    """What is wrong with the labels of a quintuple, or None."""
+    for label, known in ((q.head_type, TYPES), (q.tail_type, TYPES), (q.relation, RELATIONS)):
+        if label not in known:
+            return f"unknown label {label!r}, expected one of: {', '.join(known)}"
+    return None
+
+
+# -------------------------------------------------------------------------------- prompts
+# Every prompt is sent with the tweet's image before the text. The paper prints most of the distillation
+# prompt (Figure 10) and the end of the reasoning prompt (App. E); the others it describes (§3.2, App. B).
+# Their wording is [ours]. The shipped bases of demo/ were schooled on REASON_PROMPT and DIRECT_PROMPT: leave
+# these two to the letter, or school the bases again.
 
 LABELS = f"Entity types: {', '.join(TYPES)}.\nRelations: {', '.join(RELATIONS)}."
 TASK = (
-    "Extract every quintuple (head entity, head type, tail entity, tail type, relation) that the tweet and its image express together.\n"
-    "Copy entity names from the tweet.\n" + LABELS
+    "Extract every quintuple (head entity, head type, tail entity, tail type, relation) that the tweet "
+    "and its image express together.\nCopy entity names from the tweet.\n" + LABELS
 )
 ANSWER_FORM = "one quintuple a line as [head, head type, tail, tail type, relation], or [] if there is none"
+MEANINGS = (
+    "Entity types:\n"
+    + "\n".join(f"- {label}: {meaning}" for label, meaning in TYPE_MEANINGS.items())
+    + "\nRelations, from head to tail:\n"
+    + "\n".join(f"- {label}: {meaning}" for label, meaning in RELATION_MEANINGS.items())
+)
 
 REASON_PROMPT = (  # App. E: text, image, type ranges; the think/answer sentence is the paper's
     TASK + "\nTweet: {text}\n"
-    "First output the thinking process in <think> </think> tags and then output the final answer in <answer> </answer> tags. "
+    "First output the thinking process in <think> </think> tags and then output the final answer in "
+    "<answer> </answer> tags. "
     f"Write in the answer {ANSWER_FORM}."
 )
-DIRECT_PROMPT = (
+DIRECT_PROMPT = (  # SFT baseline and zero-shot, Tables 1 and 3
     TASK + f"\nTweet: {{text}}\nOutput only the final answer: {ANSWER_FORM}."
-)  # SFT baseline and zero-shot, Tables 1 and 3
-
+)
 PROMPTS = {"reason": REASON_PROMPT, "direct": DIRECT_PROMPT}  # by the name that an adapter's folder records
 
-COT_PARTS = ("Image Description", "Visual-Text Alignment", "Quintuple Reasoning")  # MP-CoT, §3.2
-DISTILL_PROMPT = (  # App. D: image, text and gold → the three parts of MP-CoT
-    "You write the reasoning by which a careful reader gets from a tweet and its image to its quintuples.\n"
-    + LABELS
-    + "\nTweet: {text}\nQuintuples:\n{gold}\n"
-    "Write exactly three parts, each beginning on a new line with its heading:\n"
-    "Image Description: what the image shows that matters here.\n"
-    "Visual-Text Alignment: which words of the tweet belong to which parts of the image.\n"
-    "Quintuple Reasoning: how entities, types and relations follow, step by step.\n"
-    "Be concise. Reason as if you found the quintuples yourself: never mention or hint that they were given. "
-    "Every quintuple above must follow from your reasoning, and no other."
+COT_PARTS = {  # MP-CoT, §3.2: heading of a part: what to write there
+    "Image Description": "what the image shows: people, objects, places, writing, as far as it matters here",
+    "Visual-Text Alignment": "how text and image are connected: which words belong to which part of the "
+    "image, and what it adds to them",
+    "Quintuple Reasoning": "step by step, how entities, types, relations and their direction follow; concise",
+}
+DISTILL_PROMPT = (  # Figure 10, App. D: image, text and gold → the parts of MP-CoT
+    "A quintuple of a tweet and its image is [head entity, head type, tail entity, tail type, relation].\n"
+    f"{MEANINGS}\n\n"
+    "Write down how a careful reader extracts the quintuples below from the tweet and its image, "
+    f"in exactly {len(COT_PARTS)} parts. Each begins on a new line with its heading and a colon:\n"
+    + "\n".join(f"{i}. {part}: {task}." for i, (part, task) in enumerate(COT_PARTS.items(), 1))
+    + "\n\nEvery quintuple below must follow from your reasoning, and no other. Reason as if you found them "
+    "yourself: never say or hint that quintuples, labels or answers were given to you.\n\n"
+    "<tweet>\n{text}\n</tweet>\nQuintuples:\n{gold}"
 )
+FENCED = "<tweet>\n{text}\n</tweet>\n<reasoning>\n{cot}\n</reasoning>\n"
 REPREDICT_PROMPT = (  # App. B, Re-Prediction Filter: image, text and MP-CoT, no labels
-    TASK + "\nTweet: {text}\nReasoning of a colleague:\n{cot}\n"
-    f"Follow this reasoning and output only the quintuples it leads to: {ANSWER_FORM}."
+    "A quintuple of a tweet and its image is [head entity, head type, tail entity, tail type, relation].\n"
+    f"{MEANINGS}\n\n"
+    f"{FENCED}"
+    f"Which quintuples does this reasoning lead to? Output nothing but their list: {ANSWER_FORM}. "
+    "Copy entity names from the tweet."
 )
 
 SCORE_RULES = (  # App. B, Rule-Based Score Filter: (aspect, rule, most points); ten points in all
     (
         "image description",
-        "names the people, objects, places and writing in the image that matter for the tweet",
+        "names what matters for the tweet: people, objects, places and writing in the image",
         2,
     ),
     ("image description", "says nothing about the image that it does not show", 2),
-    (
-        "image-text association",
-        "ties each entity of the tweet that is visible to the part of the image that shows it",
-        2,
-    ),
+    ("image-text association", "ties each entity that is visible to the part of the image that shows it", 2),
     ("image-text association", "says what the image adds to the text, or that it adds nothing", 1),
     ("reasoning", "gives a reason for the type of every entity it uses", 1),
     ("reasoning", "derives every relation from text or image in steps that follow", 2),
 )
+POINTS = [most for _, _, most in SCORE_RULES]
+SCORE_EXAMPLES = (  # image, tweet, the parts of the chain, the points of each rule
+    (
+        "two footballers in red shirts shake hands",
+        "Messi meets Xavi before the match",
+        (
+            "Two football players in red shirts shake hands on a pitch.",
+            "Messi and Xavi are the two players; their shirts show one team, which the text does not say.",
+            "Messi and Xavi are people, so per. They wear one shirt and meet as equals, so they are peers.",
+        ),
+        (2, 2, 2, 1, 1, 2),
+    ),
+    (
+        "a woman in a lab coat beside a sign that reads CERN",
+        "Proud of Anna Berg today !",
+        (
+            "A smiling woman stands beside a sign.",
+            "Anna Berg is the woman; the sign says where she works.",
+            "Anna Berg is a person, so per. She stands at the sign of CERN, so she is a member of CERN.",
+        ),
+        (1, 2, 2, 1, 0, 1),
+    ),
+    (
+        "a stadium at night",
+        "Lakers back at Staples Center",
+        (
+            "A basketball player holds a trophy in a stadium.",
+            "Staples Center is the stadium.",
+            "The Lakers are located at Staples Center.",
+        ),
+        (1, 0, 1, 0, 0, 1),
+    ),
+)
+
+
+def score_line(points):
+    """The line in which the judge gives its points."""
+    return "Scores: " + " ".join(f"R{i}={point}" for i, point in enumerate(points, 1))
+
+
+def score_example(number, image, tweet, parts, points):
+    """A worked example of the judge's prompt."""
+    chain = "\n".join(f"{heading}: {part}" for heading, part in zip(COT_PARTS, parts, strict=True))
+    return f"Example {number}. Image: {image}.\n{FENCED.format(text=tweet, cot=chain)}{score_line(points)}\n"
+
+
 SCORE_PROMPT = (
-    "Score the reasoning that a model wrote about a tweet and its image. Be strict; judge only by these rules, in integers:\n"
+    "Score the reasoning that a model wrote about a tweet and its image. Be strict. Judge only by these "
+    "rules, in whole points:\n"
     + "\n".join(
         f"R{i} ({aspect}; 0 to {most}): {rule}." for i, (aspect, rule, most) in enumerate(SCORE_RULES, 1)
     )
-    + "\n\nExample 1. Image: two footballers in red shirts shake hands. Tweet: Messi meets Xavi before the match\n"
-    "Image Description: Two football players in red shirts shake hands on a pitch.\n"
-    "Visual-Text Alignment: Messi and Xavi are the two players; the shared shirt shows one team, which the text does not say.\n"
-    "Quintuple Reasoning: Messi and Xavi are people, so per. They wear the same shirt and meet as equals, so they are peers.\n"
-    "Scores: R1=2 R2=2 R3=2 R4=1 R5=1 R6=2\n"
-    "Example 2. Image: a stadium at night. Tweet: Lakers back at Staples Center\n"
-    "Image Description: A basketball player holds a trophy in a stadium.\n"
-    "Visual-Text Alignment: Staples Center is the stadium.\n"
-    "Quintuple Reasoning: The Lakers are located at Staples Center.\n"
-    "Scores: R1=1 R2=0 R3=1 R4=0 R5=0 R6=1\n\n"
-    "Now score this one.\nTweet: {text}\n{cot}\n"
-    "Answer with one line in the form of the examples: Scores: "
-    + " ".join(f"R{i}=…" for i in range(1, len(SCORE_RULES) + 1))
-)
-
-COT_HEADING = re.compile(
-    r"^[ \t#*>\d.()-]*(Image Description|Visual-Text Alignment|Quintuple Reasoning)[ \t*]*:?[ \t*]*",
-    re.I | re.M,
+    + "\n\n"
+    + "\n".join(score_example(i, *example) for i, example in enumerate(SCORE_EXAMPLES, 1))
+    + f"\nNow score this one.\n{FENCED}"
+    + "You may first give reasons, one short sentence a rule. End with a line like that of the examples: "
+    + score_line("…" * len(SCORE_RULES))
 )
 
 
-def parse_cot(text):
-    """A teacher's MP-CoT → its canonical form, or None where it is malformed: the three parts, each once, in order, none empty.
+# -------------------------------------------------------------------------------- answers (SPEC §4)
 
-    A chain that holds one of our tags is malformed too: inside <think> it would break the response.
-
-    >>> parse_cot("**Image Description:** a man\\n**Visual-Text Alignment:** he is Bob\\n**Quintuple Reasoning:** so per")
-    'Image Description: a man\\nVisual-Text Alignment: he is Bob\\nQuintuple Reasoning: so per'
-    """
-    pieces = COT_HEADING.split(text)  # [before, heading, body, heading, body, heading, body]
-    headings, bodies = pieces[1::2], [body.strip().removesuffix("```").strip() for body in pieces[2::2]]
-    if [heading.casefold() for heading in headings] != [part.casefold() for part in COT_PARTS] or not all(
-        bodies
-    ):
-        return None
-    if any(tag in text for tag in TAGS):
-        return None
-    return "\n".join(f"{part}: {body}" for part, body in zip(COT_PARTS, bodies))
-
-
-# ------------------------------------------------------------------------------------------------ answers (SPEC §4)
-
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-BRACKETS = "[](){}\"' \t\r,;"
-CLOSES = {"[": "]", "(": ")"}
-QUOTES = {'"': '"', "'": "'", "`": "`", "“": "”", "‘": "’", "*": "*"}
-BULLET = re.compile(r"(?:[-*•]|\d{1,3}[.)])\s+")
-FENCE = re.compile(r"^[ \t]*```[^\n\[({]*|```[ \t]*$", re.M)
-BOUNDARY = {
-    "[": re.compile(r"\]\s*(?:[,;]\s*)?\["),
-    "(": re.compile(r"\)\s*(?:[,;]\s*)?\("),
-}  # between two items of a line
-TYPE_SPELLINGS = frozenset((*TYPES, *(alias for alias, label in ALIASES.items() if label in TYPES)))
+READER = reader.Reader(TYPES, RELATIONS, ALIASES)
 
 
 class Response(NamedTuple):
     think: str  # the reasoning, stripped; "" where there is none
     answer: str  # the answer text, stripped
-    quintuples: tuple[Quintuple, ...]  # repeats kept, in order
-    malformed: int  # items that are no quintuple
+    quintuples: tuple[Quintuple, ...]  # what was meant: repeats kept, in order
+    malformed: int  # items that are no quintuple, and an answer without any item that does not say so
+    stray: int  # pieces of talk around the items
     well_formed: bool  # <think> </think> <answer> </answer>, each once, nothing around
 
 
 def format_answer(quintuples):
-    """The canonical answer: one `[e1, t1, e2, t2, r]` a line, `[]` for none. `parse_response` reads back exactly `quintuples`.
+    """The canonical answer: one `[e1, t1, e2, t2, r]` a line, `[]` for none. parse_response reads it back.
 
     >>> print(format_answer([quintuple("Josh Gordon", "per", "Browns", "org", "member_of")]))
     [Josh Gordon, per, Browns, org, member of]
     """
-    return "\n".join(_format_item(q) for q in quintuples) or "[]"
+    return "\n".join(map(format_item, quintuples)) or "[]"
 
 
-def _format_item(q):
+@functools.lru_cache(maxsize=4096)
+def format_item(q):
+    """`[e1, t1, e2, t2, r]`. A name that reads like syntax ("a, per, b") puts all five into JSON strings."""
     line = f"[{', '.join(q)}]"
-    if _parse_line(line) == ([tuple(q)], 0) and not any(tag in line for tag in TAGS):
+    other = Quintuple("a", "per", "b", "org", "peer")
+    line_of_other = f"[{', '.join(other)}]"
+    read = parse_response(f"{line_of_other}\n{line}\n{line_of_other}", direct=True)
+    if read.quintuples == (other, q, other) and read.well_formed and not read.malformed and not read.stray:
         return line
-    quoted = ", ".join(
-        json.dumps(part, ensure_ascii=False) for part in q
-    )  # an entity that reads like syntax, such as 'a, per, b'
-    return f"[{quoted}]".replace("<", "\\u003c")
+    return f"[{', '.join(map(json_string, q))}]"
+
+
+def json_string(text):
+    """`text` as a JSON string in which each sign that could mean something outside of a string is escaped."""
+
+    def escaped(sign):
+        return json.dumps(sign[0])[1:-1] if sign[0] > "~" else f"\\u{ord(sign[0]):04x}"
+
+    return '"' + re.sub(r"[^\w ,.'-]", escaped, text) + '"'
 
 
 def format_response(cot, quintuples):
@@ -323,171 +414,73 @@ def format_response(cot, quintuples):
 
 
 def parse_response(text, direct=False):
-    """What a model wrote → Response. One parser for filter, reward and evaluation; linear in the length of `text`.
+    """What a model wrote → Response: one reader for filter, reward and evaluation, linear in `text`'s length.
 
     direct: the prompt asked for no reasoning; the answer is the whole response, <answer> tags optional.
-    A response that is not well formed still gives what stands after its last <answer>, so that it can be scored as it is;
-    well_formed tells the reward. An item of five non-empty fields is a quintuple, be its labels known or not; any
-    other item counts in malformed, and so does an answer text with no item in it.
+    Filter and evaluation ask for the set of quintuples, however it is written; the reward also asks for
+    well_formed, malformed and stray. A label outside the label set makes a wrong quintuple, no malformed one.
 
     >>> parse_response("<think>x</think> <answer>[A, per, B, org, member_of]</answer>").quintuples[0].relation
     'member of'
+    >>> parse_response("Here it is: `A (per) -> peer -> B (per)`.", direct=True).quintuples
+    (Quintuple(head='A', head_type='per', tail='B', tail_type='per', relation='peer'),)
     """
-    counts = [text.count(tag) for tag in TAGS]
-    think_end, answer_start = text.find("</think>"), text.rfind("<answer>")
-    think = text[: max(think_end, 0)].partition("<think>")[2].strip()
-    if answer_start >= 0:
-        answer = text[answer_start + len("<answer>") :].partition("</answer>")[0].strip()
+    thoughts, said, answers = prose.take_apart(text)
+    if answers:
+        given = [answer for answer in answers if answer.strip(signs.BLANK)]
+        answer = given[-1] if given else ""
     else:
-        answer = text.strip() if direct else ""
+        answer = "".join(said) if direct or thoughts else ""
+    found = READER.read(answer)
+    return Response(
+        think="\n".join(thoughts).strip(),
+        answer=answer.strip(signs.BLANK),
+        quintuples=tuple(quintuple(*item) for _, item in found.items),
+        malformed=found.malformed,
+        stray=found.stray,
+        well_formed=is_well_formed(text, direct),
+    )
+
+
+def is_well_formed(text, direct):
+    """The format of Eq. 5. direct: no thoughts, and no answer tags or one pair around everything."""
+    counts = [text.count(tag) for tag in prose.TAGS]
     if direct:
-        outside = not counts[2] or text.strip().startswith("<answer>") and text.strip().endswith("</answer>")
-        well_formed = outside and counts[:2] == [0, 0] and counts[2] == counts[3] <= 1
-    else:
-        bare = text.strip()
-        between = text[think_end + len("</think>") : answer_start]
-        well_formed = counts == [1, 1, 1, 1] and bare.startswith("<think>") and bare.endswith("</answer>")
-        well_formed = well_formed and think_end < answer_start and not between.strip() and bool(think)
-    quintuples, malformed = parse_answer(answer)
-    return Response(think, answer, tuple(quintuple(*item) for item in quintuples), malformed, well_formed)
+        around = text.strip().startswith("<answer>") and text.strip().endswith("</answer>")
+        return counts == [0, 0, 0, 0] or (counts == [0, 0, 1, 1] and around)
+    match = prose.WELL_FORMED.fullmatch(text)
+    return counts == [1, 1, 1, 1] and match is not None and bool(match[1].strip())
 
 
-def parse_answer(answer):
-    """Answer text → (items as tuples of five strings, number of malformed items)."""
-    answer = FENCE.sub("", answer).strip()
-    if re.fullmatch(r"(?:\[\s*\])?", answer):
-        return [], 0
-    whole = _parse_json(answer)
-    found = [whole] if whole else [_parse_line(line) for line in answer.split("\n") if line.strip(BRACKETS)]
-    items, malformed = [item for items, _ in found for item in items], sum(bad for _, bad in found)
-    return items, malformed or int(not items)
+# -------------------------------------------------------------------------------- chains, judgements
+
+COT_HEADING = prose.heading_pattern(COT_PARTS)
 
 
-def _parse_json(text):
-    """Items of a JSON list of lists, objects or strings, or of one item; None where `text` is no JSON."""
-    if text[:1] not in ("[", "{"):
-        return None
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    if isinstance(value, dict):  # {"quintuples": [...]}, or one item with its fields named
-        value = list(value.values())
-        value = value[0] if len(value) == 1 and isinstance(value[0], list) else value
-    if len(value) == 5 and not any(isinstance(x, list | dict) for x in value):
-        value = [value]
-    items, malformed = [], 0
-    for item in value:
-        if isinstance(item, str):
-            more, bad = _parse_line(item)
-            items, malformed = items + more, malformed + (bad if more or bad else 1)
-            continue
-        fields = list(item.values()) if isinstance(item, dict) else item
-        fields = (
-            [str(x) if isinstance(x, int | float) else x for x in fields] if isinstance(fields, list) else []
-        )
-        if len(fields) == 5 and all(isinstance(x, str) and x.strip() for x in fields):
-            items.append(tuple(fields))
-        else:
-            malformed += 1
-    return items, malformed
+def parse_cot(text):
+    """A teacher's MP-CoT → its canonical form, or None where it is malformed.
 
+    Well formed: the parts, each once, in order, none empty. Rules and courtesies at the end of a part are cut
+    off. A chain that holds one of our tags is malformed too: inside <think> it would break the response.
 
-def _parse_line(line):
-    """Items of one line → (tuples, malformed). Brackets and `;` separate items, the closed set of types separates fields."""
-    line = line.strip().rstrip(",;").rstrip()
-    bullet = BULLET.match(line)
-    line = line[bullet.end() :] if bullet else line
-    if not line.strip(BRACKETS):
-        return [], 0  # the bracket of a list that spans lines
-    parsed = _parse_json(line)
-    if parsed:
-        return parsed
-    for opening, closing in CLOSES.items():
-        if line[0] not in CLOSES and line[-1] == closing and opening in line:
-            line = line[line.index(opening) :]  # "Answer: [A, per, …]"
-    if line[0] not in CLOSES:
-        groups = _loose_items(line.split(","))
-    else:
-        inner = line[1:].lstrip()
-        line = inner if inner[:1] in CLOSES else line  # the outer bracket of a list of lists
-        closing = CLOSES[line[0]]
-        groups = [segment.split(",") for segment in BOUNDARY[line[0]].split(line[1:])]
-        for pieces in groups:
-            pieces[-1] = pieces[-1].partition(closing)[0]  # what follows the bracket is comment
-    items = [_item(pieces) for pieces in groups]
-    return [item for item in items if item], items.count(None)
-
-
-def _loose_items(pieces):
-    """Comma pieces of a line without brackets, cut into items: after the second type comes the relation, up to `;` or `,`."""
-    groups, current, types, since = [], [], 0, 0
-    for piece in pieces:
-        if types == 2:
-            relation, _, rest = piece.partition(";")
-            groups.append([*current, relation])
-            current, types, since = [rest] if rest.strip() else [], 0, 1 if rest.strip() else 0
-            continue
-        current.append(piece)
-        if since and _is_type(piece):
-            types, since = types + 1, 0
-        else:
-            since += 1  # pieces of the entity so far: it must have one
-    return groups + [current] if any(piece.strip() for piece in current) else groups
-
-
-def _item(pieces):
-    """Comma pieces of one item → five fields, or None. An entity may hold commas: its pieces are what stands between types."""
-    if len(pieces) >= 5 and _is_type(pieces[-2]):
-        for i in range(1, len(pieces) - 3):
-            if _is_type(pieces[i]):
-                pieces = [",".join(pieces[:i]), pieces[i], ",".join(pieces[i + 1 : -2]), *pieces[-2:]]
-                break
-    fields = tuple(_bare(piece) for piece in pieces)
-    return fields if len(fields) == 5 and all(fields) else None
-
-
-def _is_type(piece):
-    return len(piece) < 40 and piece.strip(" \t\"'`*“”‘’").casefold() in TYPE_SPELLINGS
-
-
-def _bare(piece):
-    """Without white space, quotes and bold around it."""
-    piece = piece.strip()
-    for _ in range(3):
-        if len(piece) < 2 or QUOTES.get(piece[0]) != piece[-1]:
-            break
-        piece = piece[1:-1].replace('\\"', '"').replace("\\'", "'").strip()
-    return piece
-
-
-# ------------------------------------------------------------------------------------------------ chains and judgements (02)
-
-POINTS = [most for _, _, most in SCORE_RULES]
-SCORES = re.compile(
-    r"[\s,;|*-]*".join(rf"R{i}\**\s*[=:]\s*\**(\d+)(?!\.?\d)(?:/\d+)?" for i in range(1, len(POINTS) + 1))
-)  # integers only
-LABELLED = r"(?:quintuples?|labels?|annotations?|tuples?|answers?|relations?|triples?)"
-LEAK = re.compile(
-    rf"\b(?:given|provided|supplied|annotated|listed|gold(?:en)?|ground[- ]truth|target|expected|reference) {LABELLED}\b"
-    rf"|\b{LABELLED} (?:(?:that )?(?:is|are|was|were) )?(?:given|provided|supplied|listed|above)\b"
-    r"|\bas (?:given|provided|annotated|labell?ed)\b(?! by)|\bground[- ]truth\b|\bgold(?:en)?[- ](?:standard|data)\b",
-    re.I,
-)
-
-
-def leaked(cot, text):
-    """The phrase by which a chain betrays that it saw the labels, or None. What the tweet itself says is no leak.
-
-    >>> leaked("As the given quintuples state, Bob is a person.", "Bob"), leaked("He wears a gold medal.", "Bob")
-    ('given quintuples', None)
+    >>> text = "**1. Image Description**\\na man\\nVisual–Text Alignment: Bob\\n# Quintuple Reasoning\\nper"
+    >>> print(parse_cot(text))
+    Image Description: a man
+    Visual-Text Alignment: Bob
+    Quintuple Reasoning: per
     """
-    phrases = (match[0] for match in LEAK.finditer(cot))
-    return next((phrase.lower() for phrase in phrases if phrase.lower() not in text.lower()), None)
+    pieces = prose.cut_at_headings(text, COT_HEADING)
+    headings = [heading for heading, _ in pieces]
+    bodies = [body for _, body in pieces]
+    if headings != list(map(prose.only_letters, COT_PARTS)) or not all(bodies):
+        return None
+    if any(tag in text.lower() for tag in prose.TAGS):
+        return None
+    return "\n".join(f"{part}: {body}" for part, body in zip(COT_PARTS, bodies, strict=True))
 
 
 def hide_answer(cot, gold):
-    """The chain without quintuples written out: lines that hold nothing else, and the gold ones wherever they stand."""
+    """The chain without quintuples written out: lines of nothing else, and the gold ones anywhere."""
     for q in gold:
         fields = r"[\"'*`]*\s*,\s*[\"'*`]*".join(re.escape(part).replace(r"\ ", r"[ _]") for part in q)
         cot = re.sub(rf"[\[(]?[\"'*`]*{fields}[\"'*`]*[\])]?", "", cot, flags=re.I)
@@ -495,40 +488,54 @@ def hide_answer(cot, gold):
 
 
 def states_quintuples(line):
-    items, malformed = parse_answer(line)
-    return (
-        bool(items)
-        and not malformed
-        and all(normalise_label(item[i]) in TYPES for item in items for i in (1, 3))
-    )
+    """Whether a line holds quintuples and nothing else."""
+    found = parse_response(line, direct=True)
+    known = all(q.head_type in TYPES and q.tail_type in TYPES for q in found.quintuples)
+    return bool(found.quintuples) and known and not found.malformed and not found.stray
+
+
+def leaked(cot, text):
+    """The phrase by which a chain betrays that it saw the labels, or None. What the tweet says is no leak.
+
+    >>> leaked("As the given quintuples state, Bob is a person.", "Bob"), leaked("He wears a gold medal.", "")
+    ('given quintuples', None)
+    """
+    found = (match[0].lower() for match in leaks.LEAK.finditer(cot))
+    return next((phrase for phrase in found if phrase not in text.lower()), None)
 
 
 def parse_scores(text):
-    """One integer a rule from the judge's last line of scores, or None where one is missing or out of range.
+    """One integer a rule from what the judge says; None where one is missing, no integer or out of range.
 
-    >>> parse_scores("Scores: R1=2 R2=2 R3=1 R4=0 R5=1 R6=2")
+    Reads lines, tables, JSON, reasons before or after, `2/2`, "2 out of 2". The last complete set counts,
+    but none behind the words "Example 1": that is quoted from the prompt.
+
+    >>> parse_scores("R1: 2 (names the men)\\nR2: 2/2\\nR3 = 1\\n| R4 | 0 |\\n\\"R5\\": 1, R6 → 2")
     (2, 2, 1, 0, 1, 2)
     """
-    found = SCORES.findall(text)
-    scores = tuple(int(number) for number in found[-1]) if found else ()
-    return scores if scores and all(number <= most for number, most in zip(scores, POINTS)) else None
+    points = prose.points(text, len(POINTS))
+    if points is None or any(not 0 <= point <= most for point, most in zip(points, POINTS, strict=True)):
+        return None
+    return points
 
 
-# ------------------------------------------------------------------------------------------------ rewards (Eq. 2–5)
+# -------------------------------------------------------------------------------- rewards (Eq. 2–5)
 
 
 # Each part is a pure function of a Response and the gold quintuples; 04_grpo.py adds them up (Eq. 5).
 
 
 def answer_counts(response, gold):
-    """Whether the answer can earn accuracy and partial reward: it is well formed, every item is a quintuple, and it is
-    not empty where there is gold ("invalid quintuple structure is assigned a reward of zero")."""
-    return response.well_formed and not response.malformed and bool(response.quintuples or not gold)
+    """Whether an answer can earn accuracy and partial reward ("invalid quintuple structure is assigned a
+    reward of zero"): well formed, all items quintuples, no talk around them, not empty if there is gold."""
+    if response.malformed or response.stray:
+        return False
+    return response.well_formed and bool(response.quintuples or not gold)
 
 
 def accuracy_reward(response, gold):
-    """Eq. 2: 2c / (m + n), 0 … 1; m gold and n predicted quintuples, repeats counted, c the size of their multiset
-    intersection. Nothing to find and nothing said is 1 [ours].
+    """Eq. 2: 2c / (m + n), 0 … 1; m gold and n predicted quintuples, repeats counted, c the size of their
+    multiset intersection. Nothing to find and nothing said is 1 [ours].
 
     >>> q = quintuple("A", "per", "B", "org", "peer")
     >>> accuracy_reward(parse_response(format_response("x", [q])), [q, q])
@@ -544,8 +551,8 @@ def accuracy_reward(response, gold):
 
 
 def partial_reward(response, gold):
-    """Eq. 3 and 4: w / 5n + 1 − ED(Ŷ, Y) / max(|Ŷ|, |Y|), 0 … 2; w of matched_components, ED the Levenshtein distance in
-    characters between the answer and the canonical gold answer.
+    """Eq. 3 and 4: w / 5n + 1 − ED(Ŷ, Y) / max(|Ŷ|, |Y|), 0 … 2; w of matched_components, ED the Levenshtein
+    distance in characters between the answer and the canonical gold answer.
 
     >>> gold = [quintuple("Josh Gordon", "per", "Browns", "org", "member of")]
     >>> answer = "<think>x</think><answer>[Josh Gordon, per, Browns, org, peer]</answer>"
@@ -569,44 +576,59 @@ def format_reward(response):
 
 
 def matched_components(pred, gold):
-    """w: equal components under the one-to-one pairing of pred and gold that makes it largest [ours]. An integer, 0 … 5·min(m, n).
+    """w: equal components under the one-to-one pairing of pred and gold that makes it largest [ours]. An
+    integer, 0 … 5·min(m, n)."""
+    return sum(equal_components(pred[i], gold[j]) for i, j in best_pairs(pred, gold))
 
-    The assignment problem by successive shortest paths with potentials (Kuhn–Munkres), O(min² · max); a gold set of 21 against
-    a runaway answer of hundreds stays in milliseconds, and 01 and 02 need no SciPy.
+
+def equal_components(a, b):
+    return sum(x == y for x, y in zip(a, b, strict=True))
+
+
+def best_pairs(pred, gold):
+    """The one-to-one pairing with the most equal components → [(place in pred, place in gold)], min(m, n)
+    of them.
+
+    The assignment problem by successive shortest paths with potentials (Kuhn–Munkres), O(min² · max); a
+    gold set of 21 against a runaway answer of hundreds stays in milliseconds, and 01 and 02 need no SciPy.
     """
-    rows, columns = sorted((pred, gold), key=len)
-    if not rows:
-        return 0
-    cost = [[-sum(a == b for a, b in zip(row, column)) for column in columns] for row in rows]
-    n, m = len(rows), len(columns)
-    u, v, owner = (
-        [0] * (n + 1),
-        [0] * (m + 1),
-        [0] * (m + 1),
-    )  # potentials; owner[column] = row, 1-based, 0 free
-    for i in range(1, n + 1):
-        owner[0], j = i, 0
-        slack, way, used = [float("inf")] * (m + 1), [0] * (m + 1), [False] * (m + 1)
-        while owner[j]:
-            used[j], row = True, owner[j]
-            for k in range(1, m + 1):
-                if not used[k] and (gap := cost[row - 1][k - 1] - u[row] - v[k]) < slack[k]:
-                    slack[k], way[k] = gap, j
-            following = min((k for k in range(1, m + 1) if not used[k]), key=slack.__getitem__)
-            delta = slack[following]
-            for k in range(m + 1):
+    rows = min(pred, gold, key=len)
+    columns = gold if rows is pred else pred
+    cost = [[-equal_components(row, column) for column in columns] for row in rows]
+    row_potential = [0] * (len(rows) + 1)
+    column_potential = [0] * (len(columns) + 1)
+    owner = [0] * (len(columns) + 1)  # row of a column; both count from 1, row 0 is none, column 0 the start
+    for row in range(1, len(rows) + 1):
+        owner[0] = row
+        column = 0
+        slack = [float("inf")] * (len(columns) + 1)  # the cheapest way to a column, beyond the potentials
+        reached_from = [0] * (len(columns) + 1)
+        used = [False] * (len(columns) + 1)
+        while owner[column]:
+            used[column] = True
+            here = owner[column]
+            for k in range(1, len(columns) + 1):
+                gap = cost[here - 1][k - 1] - row_potential[here] - column_potential[k]
+                if not used[k] and gap < slack[k]:
+                    slack[k] = gap
+                    reached_from[k] = column
+            following = min((k for k in range(1, len(columns) + 1) if not used[k]), key=slack.__getitem__)
+            step = slack[following]
+            for k in range(len(columns) + 1):
                 if used[k]:
-                    u[owner[k]] += delta
-                    v[k] -= delta
+                    row_potential[owner[k]] += step
+                    column_potential[k] -= step
                 else:
-                    slack[k] -= delta
-            j = following
-        while j:
-            owner[j], j = owner[way[j]], way[j]
-    return -sum(cost[owner[k] - 1][k - 1] for k in range(1, m + 1) if owner[k])
+                    slack[k] -= step
+            column = following
+        while column:  # along the way back every column changes its row
+            owner[column] = owner[reached_from[column]]
+            column = reached_from[column]
+    pairs = [(owner[k] - 1, k - 1) for k in range(1, len(columns) + 1) if owner[k]]
+    return pairs if rows is pred else [(column, row) for row, column in pairs]
 
 
-# ------------------------------------------------------------------------------------------------ metrics (§4)
+# -------------------------------------------------------------------------------- metrics (§4)
 
 
 def entities(quintuples):
@@ -636,8 +658,8 @@ MATCHING = {  # metric: what of an example counts, as a set
 def score(predictions, golds, metrics=("jmere", "mner", "jmere_undirected")):
     """Micro precision, recall and F1 over examples; per example sets.
 
-    predictions, golds: one list of Quintuples an example, in the same order. An unparsable response is an empty list:
-    it stays in. → {metric: {precision, recall, f1, tp, pred, gold}}.
+    predictions, golds: one list of Quintuples an example, in the same order. An unparsable response is an
+    empty list: it stays in. → {metric: {precision, recall, f1, tp, pred, gold}}.
     """
     result = {}
     for metric in metrics:

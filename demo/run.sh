@@ -122,16 +122,18 @@ sft=(--model "$MODEL" "${lora[@]}" --batch-size $((4 / RANKS)) --lr "$SFT_LR" --
 train 03_sft.py sft --data "$WORK/sft.jsonl" "${sft[@]}"
 train 03_sft.py sft-answer --data "$WORK/world/train.jsonl" --target answer "${sft[@]}"
 
-step "7. reinforcement learning (04), from the warm-up and from nothing"
+step "7. reinforcement learning (04): from the warm-up, from the baseline without thoughts, from nothing"
 rl=(--data "$WORK/world/train.jsonl" --batch-size $((8 / RANKS)) --group-size 8 --skip-constant-groups
   --temperature "$TEMPERATURE" --lr "$RL_LR" --schedule linear --warmup-ratio 0.1)
 train 04_grpo.py grpo --adapter "$WORK/sft/best" --epochs "$EPOCHS_RL" "${rl[@]}"
+train 04_grpo.py grpo-answer --adapter "$WORK/sft-answer/best" --epochs "$EPOCHS_RL" "${rl[@]}"
 train 04_grpo.py only-rl --only-rl --model "$MODEL" "${lora[@]}" --epochs "$EPOCHS_ONLY_RL" "${rl[@]}"
 
 step "8. evaluate (05)"
 evaluate test-zero test --zero-shot --model "$MODEL"
 evaluate test-answer test --adapter "$WORK/sft-answer/best"
 evaluate test-sft test --adapter "$WORK/sft/best"
+evaluate test-grpo-answer test --adapter "$WORK/grpo-answer/best"
 evaluate test-only-rl test --adapter "$WORK/only-rl/best"
 evaluate test-grpo test --adapter "$WORK/grpo/best"
 evaluate test-grey grey --adapter "$WORK/grpo/best"

@@ -14,13 +14,14 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import common
-from lib import data, scoring
+from lib import compare, data
 
 PARADIGMS = {  # row: the folder that run.sh gives it
     "zero-shot": "test-zero",
     "SFT": "test-answer",
     "CoT-SFT": "test-sft",
     "Only-RL": "test-only-rl",
+    "SFT + GRPO, no thoughts": "test-grpo-answer",
     "JMERE-R1": "test-grpo",
     "JMERE-R1, grey images": "test-grey",
 }
@@ -69,6 +70,13 @@ def reward(folder):
     return mean(rewards)
 
 
+def tokens(folder):
+    """Mean length of a run's responses in tokens; None where they were not counted."""
+    rows = [row for _, row in data.read_jsonl(folder / "predictions.jsonl")]
+    lengths = [response.get("tokens") for row in rows for response in row["responses"]]
+    return None if None in lengths else mean(lengths)
+
+
 def reward_of(text, gold):
     """Eq. 5 with the paper's weights."""
     response = common.parse_response(text)
@@ -91,6 +99,7 @@ def scores(folder):
         "MNER F1": 100 * metrics["scores"]["mner"]["f1"],
         "parsed": 100 - 100 * responses["unparsed"] / responses["responses"],
         "reward (≤ 1.5)": reward(folder),
+        "tokens": tokens(folder),
     }
 
 
@@ -157,7 +166,7 @@ def show(title, folders, runs, figures=scores):
     print(f"\n**{title}**\n")
     lacking = lacks(folders, runs)
     if lacking:
-        print(f"{lacking} was not made (demo/ablations.sh makes it).")
+        print(f"{lacking} was not made (demo/run.sh or demo/ablations.sh makes it).")
         return
     rows = []
     for name, run in runs.items():
@@ -173,8 +182,9 @@ def paired_gain(folder):
     """GRPO's gain over CoT-SFT as 05_eval.py --compare has it → ((low, high) in points, p)."""
     runs = [f"{name}={folder / PARADIGMS[name]}" for name in ("CoT-SFT", "JMERE-R1")]
     settings = argparse.Namespace(compare=runs, limit=None, vote="set", tau=0.5, resamples=1000, seed=0)
-    compared = next(row for row in scoring.compare(settings, None) if "p" in row)
-    return [100 * end for end in compared["difference_95"]], compared["p"]
+    rows = compare.compare(settings).rows
+    scores = next(row["scores"][common.HEADLINE] for row in rows if row["name"] == "JMERE-R1")
+    return [100 * end for end in scores["difference_95"]], scores["p"]
 
 
 def gain_row(folder):
@@ -283,7 +293,7 @@ def parse_args(argv=None):
 @common.exit_codes
 def main(args):
     folders = args.work
-    show("Five paradigms (Tables 1 and 3)", folders, PARADIGMS)
+    show("Paradigms (Tables 1 and 3)", folders, PARADIGMS)
     print("\n**Share of the gain over zero-shot, and what GRPO adds to CoT-SFT**\n")
     print_rows([gain_row(folder) for folder in folders])
     show("Ablations (Table 2)", folders, WITHOUT)

@@ -38,8 +38,8 @@ MODEL = "gpt-4o-2024-11-20"  # the default of 01 and 02: the scripts know nothin
 WRONG = 0.15  # the chain of another picture: mostly other quintuples (the re-prediction filter's catch)
 CARELESS = 0.10  # the right quintuples after a wrong description and no alignment (the score filter's catch)
 MALFORMED = 0.06  # without one of the three parts
-LEAKED = 0.04  # "the given quintuples say …"
-REFUSED = 0.03
+LEAKED = 0.04  # says that it was given the labels: LEAKING_CLUES, LEAKING_SENTENCES
+REFUSED = 0.03  # one half by the field for it, the other in words: REFUSALS
 # … of the other answers is …
 SLIP = 0.04  # a re-prediction that loses or turns a quintuple
 UNSCORED = 0.02  # a judgement without scores
@@ -48,6 +48,55 @@ ZERO_SHOT = 0.15  # right, when nothing was distilled: a model that sees but doe
 
 REFUSAL = "I'm sorry, I can't assist with that."
 BLIND = "I cannot make out this image."
+
+# How GPT-4o betrays that it was given the labels, and how it refuses. These lists were written before the
+# filters (lib/leaks, lib/reply), which do not know them: tests/test_reader.py counts what the filters miss.
+LEAKING_CLUES = [
+    "the given quintuples say",
+    "as annotated",
+    "the label tells",
+    "according to the ground truth",
+    "as stated in the input",
+    "the provided answer is",
+    "we already know from the labels",
+    "to match the expected output",
+]
+LEAKING_SENTENCES = [
+    "Given the quintuple ({0}, {1}, {2}, {3}, {4}), the picture bears it out.",
+    "The provided quintuple identifies {0} as {1} and {2} as {3}.",
+    "What the image shows aligns with the quintuple provided.",
+    "The annotation marks {0} as {1}, and rightly so.",
+    "The quintuple specifies that {0} and {2} stand in the relation {4}.",
+    "The relation {4} was given, and the sign supports it.",
+    "We were told that {0} is {1}.",
+    "This is in line with the 5-tuple above.",
+    "The target quintuple has {0} as its head.",
+    "Since the user states the relation {4}, the picture is read that way.",
+    "The input already labels {2} as {3}.",
+    "This corresponds to the first quintuple in the list.",
+    "The correct relation, as annotated, is {4}.",
+    "It is known from the quintuple that {2} is {3}.",
+    "Each of the listed quintuples can be verified in the image.",
+    "The quintuples supplied with the tweet are all confirmed by the picture.",
+    "In accordance with the labels, {0} comes first.",
+    "The reference answer names {4}, which the image supports.",
+    "Our task states the entities {0} and {2} and their types.",
+    "Hence the predefined relation {4} is justified.",
+]
+REFUSALS = [
+    "I'm sorry, but I can't assist with that request.",
+    "I'm sorry, I can't identify the people in this image.",
+    "I’m unable to help with identifying individuals in photographs.",
+    "I can't determine who is shown here, so I won't be able to write this.",
+    "Sorry, but I can't help with that.",
+    "I apologize, but I cannot provide an analysis of the people in this picture.",
+    "Unfortunately, I'm not able to process this image.",
+    "As an AI language model, I cannot recognise real persons.",
+    "I must respectfully decline this request.",
+    "My guidelines do not allow me to identify people from their faces.",
+    "It is against my policies to name individuals in images.",
+    "I won't identify people based on their appearance.",
+]
 
 
 # ------------------------------------------------------------------------------------------------ prompts
@@ -82,25 +131,38 @@ def recognise(prompt):
 
 
 def distill(fields, scene, rng):
-    """The three parts of MP-CoT, or one of the faults above. None is a refusal."""
+    """The three parts of MP-CoT, or one of the faults above. None is a refusal by the field for it."""
     text = fields["text"]
     gold = common.parse_response(fields["gold"], direct=True).quintuples
     good = world.chain(text, scene, gold)
     lines = good.split("\n")
     parts = [line.partition(": ")[2] for line in lines]
-    leak = " ".join(world.step(q, "the given quintuples say") for q in gold)
     lost = rng.randrange(len(lines))
     careless = world.describe(misread(scene, rng))
     other = other_scene(world.names_in(text), scene, rng)
+    kinds = ["refused", "malformed", "leaked", "careless", "wrong", "good"]
     shares = [REFUSED, MALFORMED, LEAKED, CARELESS, WRONG]
-    answers = [
-        None,
-        "\n".join(lines[:lost] + lines[lost + 1 :]),
-        world.cot(*parts[:2], leak),
-        world.cot(careless, "the tweet fits the image.", parts[2]),
-        world.chain(text, other),
-    ]
-    return rng.choices([*answers, good], [*shares, 1 - sum(shares)])[0]
+    kind = rng.choices(kinds, [*shares, 1 - sum(shares)])[0]
+    if kind == "refused":
+        return rng.choice([None, rng.choice(REFUSALS)])
+    if kind == "malformed":
+        return "\n".join(lines[:lost] + lines[lost + 1 :])
+    if kind == "leaked":
+        return world.cot(*parts[:2], leaking(parts[2], gold, rng))
+    if kind == "careless":
+        return world.cot(careless, "the tweet fits the image.", parts[2])
+    return world.chain(text, other) if kind == "wrong" else good
+
+
+def leaking(reasoning, gold, rng):
+    """The reasoning, and in it or before it that the quintuples were given."""
+    clue = rng.choice(LEAKING_CLUES)
+    sentence = rng.choice(LEAKING_SENTENCES)
+    if not gold:
+        return f"{clue}, nothing relates."
+    if rng.random() < len(LEAKING_CLUES) / len(LEAKING_CLUES + LEAKING_SENTENCES):
+        return " ".join(world.step(q, clue) for q in gold)
+    return f"{sentence.format(*gold[0])} {reasoning}"
 
 
 def misread(scene, rng):

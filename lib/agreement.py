@@ -1,8 +1,10 @@
 """Figure 6: how the judge's scores agree with those of people. Knows no server."""
 
+import csv
 import json
 import math
 from collections import Counter
+from pathlib import Path
 
 from common import POINTS, InputError
 from lib import data
@@ -11,9 +13,12 @@ MOST = sum(POINTS)  # points of a perfect chain
 
 
 def read_human(path):
-    """{(id, candidate): mean of its raters} of lines {"id", "candidate", "score"}. Raises InputError."""
+    """{(id, candidate): mean of its raters} of rows {"id", "candidate", "score"}, JSONL or CSV.
+
+    Raises InputError.
+    """
     scores = {}
-    for number, row in data.read_jsonl(path):
+    for number, row in read_rows(path):
         share = row.get("score")
         complete = {"id", "candidate"} <= row.keys()
         if not complete or isinstance(share, bool) or not isinstance(share, int | float):
@@ -24,6 +29,23 @@ def read_human(path):
             )
         scores.setdefault((str(row["id"]), row["candidate"]), []).append(share)
     return {key: sum(given) / len(given) for key, given in scores.items()}
+
+
+def read_rows(path):
+    """Yield (line number, row) of JSONL, or of a .csv with a heading line, numbers read as such."""
+    if Path(path).suffix.lower() != ".csv":
+        yield from data.read_jsonl(path)
+        return
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            try:
+                row["candidate"] = int(row["candidate"])
+                row["score"] = float(row["score"])
+            except (KeyError, TypeError, ValueError):
+                fault = "expected columns id, candidate (0, 1, …) and score (0 to 1), separated by commas"
+                raise InputError(f"{path}:{reader.line_num}: {fault}") from None
+            yield reader.line_num, row
 
 
 def agreement(human, points, png):

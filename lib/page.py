@@ -1,6 +1,7 @@
 """What the self-contained pages share: a template filled with one JSON block, pictures as small data URLs."""
 
 import base64
+import html
 import io
 import json
 import re
@@ -12,17 +13,25 @@ from lib import data
 STYLED = "report.html"  # the template whose style the others take over
 
 
-def fill(template, block):
-    """A template of lib/ with `block` as its data → the page. Whatever stands in the data stays text."""
+def fill(template, block, title="", figures=""):
+    """The page of lib/`template`: {{DATA}} is `block`, its one JSON block, which no text in it can leave;
+    {{TITLE}} is text, {{FIGURES}} is HTML, {{STYLE}} is the style of STYLED."""
     folder = Path(__file__).parent
-    page = (folder / template).read_text(encoding="utf-8")
     style = re.search(r"<style>(.*?)</style>", (folder / STYLED).read_text(encoding="utf-8"), re.S)
-    page = page.replace("{{STYLE}}", style[1], 1)
-    return page.replace("{{DATA}}", json.dumps(block).replace("<", "\\u003c"), 1)
+    parts = {
+        "STYLE": style[1],
+        "TITLE": html.escape(title),
+        "FIGURES": figures,
+        "DATA": json.dumps(block).replace("<", "\\u003c"),
+    }
+    page = (folder / template).read_text(encoding="utf-8")
+    # in one pass: what is filled in holds no place to fill
+    return re.sub(r"\{\{(STYLE|TITLE|FIGURES|DATA)\}\}", lambda match: parts[match[1]], page)
 
 
 def thumbnail(path, side=480):
-    """The image as a small data URL, or None where it cannot be read."""
+    """The image as a small data URL, or None where it cannot be read: another system's file may come without
+    images."""
     try:
         image = data.load_image(path)
     except InputError:

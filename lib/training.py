@@ -192,6 +192,36 @@ def add_training_arguments(parser, epochs, lr, warmup_ratio, schedule, provenanc
     group.add_argument(
         "--min-pixels", type=at_least(1), help="an image is scaled up to so many [upstream default]"
     )
+    _add_optimisation_arguments(parser, epochs, lr, warmup_ratio, schedule, provenance)
+    group = parser.add_argument_group("logging and checkpoints")
+    group.add_argument(
+        "--save-every", type=at_least(1), default=50, help="steps between two states of OUT/last [ours]"
+    )
+    group.add_argument(
+        "--stop-after", type=at_least(1), help="stop, saved, after this step [ours: for tests]"
+    )
+    group.add_argument(
+        "--fresh", action="store_true", help="delete an earlier run in OUT [ours: a run goes on]"
+    )
+    group = parser.add_argument_group("runtime")
+    group.add_argument("--seed", type=int, default=0, help="of data order, LoRA and sampling [ours]")
+    group.add_argument(
+        "--dtype",
+        choices=("auto", *vlm.DTYPES),
+        default="auto",
+        help="auto: as ds_zero2.json says on a GPU, fp32 on CPU [ours]",
+    )
+    settings = Path(__file__).parent.parent / "ds_zero2.json"
+    group.add_argument(
+        "--ds-config", default=str(settings), help="DeepSpeed's settings [paper App. A: ZeRO-2]"
+    )
+    group.add_argument("--timeout", type=above(0), default=6.0, help="hours a rank waits for another [ours]")
+    group.add_argument(
+        "--local_rank", "--local-rank", type=int, default=-1, help="set by the deepspeed launcher"
+    )
+
+
+def _add_optimisation_arguments(parser, epochs, lr, warmup_ratio, schedule, provenance):
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=above(0), default=epochs, help=f"passes over --data [{provenance}]")
     group.add_argument("--lr", type=above(0), default=lr, help=f"peak learning rate of AdamW [{provenance}]")
@@ -220,32 +250,6 @@ def add_training_arguments(parser, epochs, lr, warmup_ratio, schedule, provenanc
         action=argparse.BooleanOptionalAction,
         default=False,
         help="trade time for memory [ours: off]",
-    )
-    group = parser.add_argument_group("logging and checkpoints")
-    group.add_argument(
-        "--save-every", type=at_least(1), default=50, help="steps between two states of OUT/last [ours]"
-    )
-    group.add_argument(
-        "--stop-after", type=at_least(1), help="stop, saved, after this step [ours: for tests]"
-    )
-    group.add_argument(
-        "--fresh", action="store_true", help="delete an earlier run in OUT [ours: a run goes on]"
-    )
-    group = parser.add_argument_group("runtime")
-    group.add_argument("--seed", type=int, default=0, help="of data order, LoRA and sampling [ours]")
-    group.add_argument(
-        "--dtype",
-        choices=("auto", *vlm.DTYPES),
-        default="auto",
-        help="auto: as ds_zero2.json says on a GPU, fp32 on CPU [ours]",
-    )
-    settings = Path(__file__).parent.parent / "ds_zero2.json"
-    group.add_argument(
-        "--ds-config", default=str(settings), help="DeepSpeed's settings [paper App. A: ZeRO-2]"
-    )
-    group.add_argument("--timeout", type=above(0), default=6.0, help="hours a rank waits for another [ours]")
-    group.add_argument(
-        "--local_rank", "--local-rank", type=int, default=-1, help="set by the deepspeed launcher"
     )
 
 

@@ -74,7 +74,7 @@ def teacher(chains=None, scores=None, prediction=None):
     def answer(body, prompt):
         if prompt.startswith("Score"):
             return [scores(prompt) if scores else FULL]
-        if "Reasoning of a colleague" in prompt:
+        if "Which quintuples does this reasoning lead to?" in prompt:
             return [prediction(prompt) if prediction else gold]
         return [(chains or {}).get(i, CHAIN.format(i)) for i in range(body.get("n", 1))]
 

@@ -40,8 +40,8 @@ def teacher(tmp_path_factory):
 
 
 def test_five_bare_commands(layout, teacher, tiny):
-    def run(command, **more):
-        return run_script(f"{ROOT}/{command}", cwd=layout, env=teacher, **more)
+    def run(*command, **more):
+        return run_script(f"{ROOT}/{command[0]}", *command[1:], cwd=layout, env=teacher, **more)
 
     run("01_distill.py")
     run("02_filter.py")

@@ -143,7 +143,7 @@ def test_batch_created_but_never_heard_of_is_found(tmp_path):
 
 
 def test_killed_between_reading_and_saving(tmp_path, monkeypatch):
-    """The answers are stored, the batch still counts as open: reading it again stores and sets aside nothing."""
+    """The answers are stored, the batch still counts as open: reading it again adds nothing."""
     path = tmp_path / "o.jsonl"
     with FakeOpenAI(echo) as server:
         ask_jobs(server, path, "submit")
@@ -172,7 +172,7 @@ def test_refused_batch_stops_and_is_sent_again(tmp_path):
     assert len(rows_of(tmp_path / "o.jsonl")) == 14
 
 
-# -------------------------------------------------------------------------------- other commands on the same output
+# ----------------------------------------------------------- other commands on the same output
 
 
 def test_with_a_lower_limit_nothing_paid_for_is_lost_or_bought_again(tmp_path, capsys):

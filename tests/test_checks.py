@@ -143,15 +143,18 @@ def test_planted_faults_are_caught(loaded, fault, monkeypatch):
         monkeypatch.setattr(vlm, "response_positions", lambda *a: right(*a) + 1)
     elif fault == "features":  # the picture is handed over in another order
         right_features = vlm._image_features
-        monkeypatch.setattr(
-            vlm, "_image_features", lambda *a: (right_features(*a)[0].flip(0), right_features(*a)[1])
-        )
+        monkeypatch.setattr(vlm, "_image_features", lambda *inputs: _turned(right_features(*inputs)))
     else:  # the cache forgets the prompt
         monkeypatch.setattr(rollout, "_prefill", _without_prompt(rollout._prefill))
     with pytest.raises(
         InputError, match=f"{model.config.model_type}: .* nats off the model's own, expected at most 0.0001"
     ):
         checks.prove(model, processor, examples[0], args, ONE)
+
+
+def _turned(seen):
+    seen.pooler_output = [features.flip(0) for features in seen.pooler_output]
+    return seen
 
 
 def _without_prompt(prefill):

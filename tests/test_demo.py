@@ -179,15 +179,23 @@ def distilled(n=5):
             yield text, scene, message
 
 
+def leaks(chain, gold):
+    """Whether the chain holds one of the teacher's own leaking phrases."""
+    phrases = [*teacher.LEAKING_CLUES]
+    if gold:
+        phrases += [sentence.format(*gold[0]) for sentence in teacher.LEAKING_SENTENCES]
+    return any(phrase in chain for phrase in phrases)
+
+
 def test_distillation_has_the_stated_shares_of_faults():
     kinds = Counter()
     for text, scene, message in distilled():
         chain = message["content"] and common.parse_cot(message["content"])
-        if message["refusal"]:
+        if message["refusal"] or message["content"] in teacher.REFUSALS:
             kinds["refused"] += 1
         elif chain is None:
             kinds["malformed"] += 1
-        elif "the given quintuples" in chain:
+        elif leaks(chain, gold_of(text, scene)):
             kinds["leaked"] += 1
         elif chain == world.chain(text, scene):
             kinds["good"] += 1

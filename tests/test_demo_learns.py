@@ -99,6 +99,6 @@ def test_it_ends_with_funnel_table_and_report(demo):
     funnel = printed.index("best of its example")
     table = printed[printed.index("=== 9.") :]
     assert funnel < printed.index("=== 6.")
-    for name in ("zero-shot", "SFT", "CoT-SFT", "Only-RL", "JMERE-R1", "JMERE-R1, grey images"):
+    for name in ("zero-shot", "SFT", "CoT-SFT", "Only-RL", "SFT + GRPO, no thoughts", "JMERE-R1"):
         assert f"\n| {name} " in table
     assert "data:image/webp;base64," in (work / "test-grpo" / "report.html").read_text()

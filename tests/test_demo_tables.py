@@ -43,7 +43,8 @@ def write_seed(folder, grpo_f1, grpo):
     """What run.sh and the figures of ablations.sh leave of one seed."""
     write_run(folder / "test-zero", 0.25 * grpo_f1, {"a": [""], "b": [""]}, prompt="direct")
     write_run(folder / "test-grpo", grpo_f1, grpo)
-    for run in ("test-sft", "test-answer", "test-only-rl", "test-grey", "test-group-2", "vote", "vote-sft"):
+    others = ("sft", "answer", "only-rl", "grpo-answer", "grey", "group-2")
+    for run in [*(f"test-{name}" for name in others), "vote", "vote-sft"]:
         write_run(folder / run, 0.5, HALF)
     (folder / "grpo").mkdir()
     rows = [json.dumps({"step": i, "reward": i / 12}) + "\n" for i in range(12)]
@@ -75,7 +76,7 @@ def test_reward_is_the_mean_over_responses(tmp_path):
 def test_row_of_one_run_has_its_interval(tmp_path):
     write_run(tmp_path / "run", 1 / 3, HALF)
     row = tables.table_row("SFT", [tmp_path / "run"], tables.scores)
-    assert list(row.values()) == ["SFT", "33.3", "33.3", "33.3", "0.0–100.0", "75.0", "75.0", "0.75"]
+    assert list(row.values()) == ["SFT", "33.3", "33.3", "33.3", "0.0–100.0", "75.0", "75.0", "0.75", "–"]
 
 
 def test_row_of_several_seeds_has_their_spread(seeds):
@@ -119,7 +120,16 @@ def test_group_sizes_are_those_that_every_seed_has(seeds):
 def test_command_prints_every_table_and_draws(seeds, tmp_path):
     _, printed, _ = run_script("-m", "demo.tables", *seeds, "--figures", tmp_path / "x.png")
     rows = cells(printed)
-    start = ["CoT-SFT", "50.0 ± 0.0", "50.0 ± 0.0", "50.0 ± 0.0", "75.0 ± 0.0", "75.0 ± 0.0", "0.75 ± 0.00"]
+    start = [
+        "CoT-SFT",
+        "50.0 ± 0.0",
+        "50.0 ± 0.0",
+        "50.0 ± 0.0",
+        "75.0 ± 0.0",
+        "75.0 ± 0.0",
+        "0.75 ± 0.00",
+        "–",
+    ]
     assert [*start, "+0.0 ± 70.7"] in rows  # 50 points below JMERE-R1 in one seed, 50 above in the other
     assert ["group of 2", *start[1:], "+0.0 ± 70.7"] in rows
     assert ["zero-shot", "12.5 ± 17.7"] in [row[:2] for row in rows]

@@ -13,6 +13,7 @@ from PIL import Image
 from stages import CHAIN, FULL, GOLD, distil, rows_of, run, select, teacher
 
 import common
+from lib import agreement
 from lib import data as files
 
 filter_script = importlib.import_module("02_filter")
@@ -100,6 +101,20 @@ def test_output_loads_with_datasets(folder):
     loaded = datasets.load_dataset("json", data_files=path, cache_dir=str(folder / "cache"), split="train")
     assert loaded["id"][:] == ["t0", "t1", "t2", "t3"]
     assert loaded[0]["quintuples"] == GOLD and loaded[0]["score"] == 1.0
+
+
+def test_human_scores_as_csv(tmp_path):
+    path = tmp_path / "human.csv"
+    path.write_text("id,rater,candidate,score\nt0,a,0,1\nt0,b,0,0.5\n7,a,1,0\n", encoding="utf-8-sig")
+    assert agreement.read_human(path) == {("t0", 0): 0.75, ("7", 1): 0}
+    faults = {"t0,a,0,7": "divide by the scale", "t0,a,first,1": "expected columns", "t0": "expected columns"}
+    for line, fault in faults.items():
+        path.write_text(f"id,rater,candidate,score\n{line}\n")
+        with pytest.raises(common.InputError, match=f"human.csv:2: .*{fault}"):
+            agreement.read_human(path)
+    path.write_text("id;candidate;score\nt0;0;1\n")
+    with pytest.raises(common.InputError, match="separated by commas"):
+        agreement.read_human(path)
 
 
 def test_human_agreement(folder):
@@ -293,12 +308,12 @@ def test_the_budget_holds_both_passes_of_02(folder):
     with FakeOpenAI(teacher()) as server:
         distil(folder, server)
     with FakeOpenAI(teacher()) as server:  # 110 tokens a call: $0.11
-        done = select(folder, server, "--price", 1000, 1000, "--budget", 3, "--concurrency", 1)
+        done = select(folder, server, "--price", 1000, 1000, "--budget", 4, "--concurrency", 1)
         assert done.returncode == 3 and "budget" in done.stderr
-        assert len(server.requests) == 27  # 20 re-predictions and 7 scores
-        again = select(folder, server, "--price", 1000, 1000, "--budget", 3, "--concurrency", 1)
-        assert again.returncode == 3 and len(server.requests) == 27
-    assert stats_of(folder)["dollars"] == pytest.approx(2.97)
+        assert len(server.requests) == 36  # 20 re-predictions and 16 scores
+        again = select(folder, server, "--price", 1000, 1000, "--budget", 4, "--concurrency", 1)
+        assert again.returncode == 3 and len(server.requests) == 36
+    assert stats_of(folder)["dollars"] == pytest.approx(3.96)
 
 
 def test_a_run_where_nothing_is_left(folder):
@@ -397,7 +412,7 @@ def test_bare_commands(folder):
     "script, message",
     [
         ("01_distill.py", "--data data/train.json: no such file: the EEGA release goes there (README, Data)"),
-        ("02_filter.py", "--cot runs/cot.jsonl: no such file: 01_distill.py writes it"),
+        ("02_filter.py", "--cot runs/cot.jsonl: no such file: made by 01_distill.py"),
     ],
 )
 def test_bare_commands_in_an_empty_folder(tmp_path, script, message):

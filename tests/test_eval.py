@@ -1,43 +1,21 @@
-"""05: every scoring rule by hand and against an independent computation; predict, resume, shard with a stand-in for vlm."""
+"""lib/scoring.py and lib/limits.py: every rule by hand, and against computations that share no code with
+it."""
 
-import importlib
-import json
-import os
+import itertools
 import random
-import shutil
-import socket
-import subprocess
-import sys
-import threading
-import types
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from conftest import DATA, needs_data
+from eval_cases import GOLD, A, B, C, q
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
 import common
-import lib
-from lib import ask, data, predictions, scoring
+from lib import data, limits, predictions, scoring
 
-ev = importlib.import_module("05_eval")
-DATA = ROOT.parent / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.exists(), reason="the JMERE release is not here")
-
-
-def q(line):
-    return common.quintuple(*line.split(", "))
-
-
-GOLD = q("Josh Gordon, per, Browns, org, member of")
-
-# ------------------------------------------------------------------------------------------------ error classes
+# -------------------------------------------------------------------------------- error classes
 
 
 @pytest.mark.parametrize(
@@ -109,7 +87,7 @@ def test_every_false_positive_and_negative_has_one_class(pred, gold):
         )
 
 
-# ------------------------------------------------------------------------------------------------ scores
+# -------------------------------------------------------------------------------- scores
 
 
 def independent(preds, golds):
@@ -117,7 +95,7 @@ def independent(preds, golds):
     result = {}
     for metric in scoring.RULES:
         tp = n = m = 0
-        for pred, gold in zip(preds, golds):
+        for pred, gold in zip(preds, golds, strict=True):
             p, g = [], []
             for source, target in ((pred, p), (gold, g)):
                 for h, ht, t, tt, r in source:
@@ -140,14 +118,14 @@ def independent(preds, golds):
 
 @given(SETS)
 def test_scores_equal_an_independent_computation(pairs):
-    preds, golds = map(list, zip(*pairs))
+    preds = [pred for pred, _ in pairs]
+    golds = [gold for _, gold in pairs]
     scores = scoring.headline(preds, golds, np.arange(len(preds)), 10, 0)
     assert {name: pytest.approx(s["f1"]) for name, s in scores.items()} == independent(preds, golds)
     for name, wanted in common.score(preds, golds).items():
         assert {key: scores[name][key] for key in wanted} == wanted
     assert {key: scores["jmere"][key] for key in ("tp", "pred", "gold")} == {
-        key: sum(s[key] for s in scoring.per_relation(preds, golds).values())
-        for key in ("tp", "pred", "gold")
+        key: sum(s[key] for s in scoring.per_label(preds, golds).values()) for key in ("tp", "pred", "gold")
     }
     assert scores["jmere"]["tp"] == sum(s["tp"] for s in scoring.per_size(preds, golds).values())
 
@@ -228,34 +206,67 @@ def test_undirected_equals_the_published_scorer_on_the_real_test_set():
     assert scores["jmere"]["f1"] < scores["jmere_undirected"]["f1"] < 1
 
 
-# ------------------------------------------------------------------------------------------------ bootstrap
+# -------------------------------------------------------------------------------- bootstrap
 
 
 def test_bootstrap_resamples_tweets_together():
     counts = np.array([[1, 1, 1], [0, 1, 1], [3, 4, 5]])
-    samples = scoring.bootstrap(counts, np.array([0, 0, 1]), 400, seed=3)
-    possible = []  # both tweets drawn once, or one of them twice
-    for a, b in ((1, 1), (2, 0), (0, 2)):
-        tp, pred, gold = a * np.array([1, 2, 2]) + b * np.array([3, 4, 5])
-        possible.append((tp / pred, tp / gold, 2 * tp / (pred + gold)))
-    seen = {tuple(np.round(column, 12)) for column in samples.T}
-    assert seen == {tuple(np.round(row, 12)) for row in possible}
-    assert (scoring.bootstrap(counts, np.array([0, 0, 1]), 400, seed=3) == samples).all()
+    sums = scoring.resample(counts, np.array([0, 0, 1]), 400, seed=3)
+    one, two = np.array([1, 2, 2]), np.array([3, 4, 5])  # each drawn once, or one of them twice
+    assert {tuple(row) for row in sums.tolist()} == {tuple(one + two), tuple(2 * one), tuple(2 * two)}
+    assert (scoring.resample(counts, np.array([0, 0, 1]), 400, seed=3) == sums).all()
+
+
+def test_resamples_do_not_depend_on_how_many_are_drawn_at_once(monkeypatch):
+    counts = np.random.default_rng(0).integers(0, 4, (30, 3))
+    whole = scoring.resample(counts, np.arange(30), 250, seed=1)
+    monkeypatch.setattr(scoring, "CHUNK", 7)
+    assert (scoring.resample(counts, np.arange(30), 250, seed=1) == whole).all()
 
 
 def test_bootstrap_interval_is_the_binomial_one_where_it_is_known():
-    hits = np.array([1] * 150 + [0] * 150)
-    counts = np.stack([hits, np.ones(300, int), np.ones(300, int)], axis=1)
-    low, high = np.percentile(scoring.bootstrap(counts, np.arange(300), 4000, 0)[2], (2.5, 97.5))
+    golds = [[A]] * 300
+    preds = [[A]] * 150 + [[B]] * 150
+    low, high = scoring.headline(preds, golds, np.arange(300), 4000, 0)["jmere"]["f1_95"]
     error = 1.96 * (0.25 / 300) ** 0.5
     assert low == pytest.approx(0.5 - error, abs=0.008) and high == pytest.approx(0.5 + error, abs=0.008)
 
 
-def test_bootstrap_of_nothing_is_zero():
-    assert (scoring.bootstrap(np.zeros((4, 3), int), np.arange(4), 10, 0) == 0).all()
+def test_scores_of_nothing_are_zero():
+    scores = scoring.headline([[]] * 4, [[]] * 4, np.arange(4), 10, 0)["jmere"]
+    assert scores["f1"] == 0 and scores["f1_95"] == [0, 0]
 
 
-# ------------------------------------------------------------------------------------------------ votes
+# -------------------------------------------------------------------------------- components and labels
+
+
+def test_components_by_hand():
+    gold = [GOLD, q("A, per, B, per, peer")]
+    pred = [q("A, org, B, per, peer"), q("Gordon, per, Browns, org, member of"), q("X, loc, Y, loc, race")]
+    found = {name: s["tp"] for name, s in scoring.per_component([pred], [gold]).items()}
+    # the third prediction is left over; the first is A's, the second Gordon's
+    assert found == {"head": 1, "head_type": 1, "tail": 2, "tail_type": 2, "relation": 2}
+    head = scoring.per_component([pred], [gold])["head"]
+    assert (head["pred"], head["gold"], head["precision"], head["recall"]) == (3, 2, 1 / 3, 1 / 2)
+
+
+@given(SETS)
+def test_components_add_up_to_the_w_of_the_partial_reward(pairs):
+    preds = [scoring.distinct(pred) for pred, _ in pairs]
+    golds = [scoring.distinct(gold) for _, gold in pairs]
+    total = sum(common.matched_components(pred, gold) for pred, gold in zip(preds, golds, strict=True))
+    assert sum(s["tp"] for s in scoring.per_component(preds, golds).values()) == total
+
+
+def test_labels_outside_the_set_are_one_row_the_last():
+    preds = [[GOLD._replace(relation="likes"), GOLD._replace(relation="hates"), GOLD]]
+    rows = scoring.per_label(preds, [[GOLD]])
+    assert list(rows) == ["member of", scoring.OUTSIDE] and rows[scoring.OUTSIDE]["pred"] == 2
+    _, confusion = scoring.count_errors([[GOLD._replace(relation="likes")]], [[GOLD]], [True])
+    assert confusion == [("member of", scoring.OUTSIDE, 1)]
+
+
+# -------------------------------------------------------------------------------- votes
 
 
 @pytest.mark.parametrize(
@@ -275,600 +286,157 @@ def test_bootstrap_of_nothing_is_zero():
     ],
 )
 def test_vote(how, tau, answers, expected):
-    assert (
-        "".join(scoring.vote([tuple(a or "") for a in answers], [a is not None for a in answers], how, tau))
-        == expected
-    )
+    given = [tuple(answer or "") for answer in answers]
+    assert "".join(scoring.vote(given, [answer is not None for answer in answers], how, tau)) == expected
 
 
-# ------------------------------------------------------------------------------------------------ reading predictions
+def test_staged_vote_takes_the_entities_first():
+    peer, couple, parent = (q(f"A, per, B, per, {name}") for name in ("peer", "couple", "parent"))
+    other = q("A, per, C, per, peer")
+    answers = [[other], [other], [peer], [couple], [couple, parent], [parent], [parent]]
+    # A and B are in five answers, A and C in two; of the five [parent] is given twice
+    assert scoring.vote(answers, [True] * 7, "set") == [other]
+    assert scoring.vote(answers, [True] * 7, "staged") == [parent]
+    assert scoring.vote([[other], [peer]], [True, True], "staged") == [other]  # a tie: the earliest
+    assert scoring.vote([[other], [peer]], [False, False], "staged") == []
 
 
-def respond(answer, think="x"):
-    return f"<think>{think}</think><answer>{answer}</answer>"
+def voted(answers, how, tau):
+    """The votes again, written another way. answers: frozensets in the order of their places, without
+    unparsed."""
+    if not answers:
+        return frozenset()
+    if how == "tuple":
+        units = frozenset().union(*answers)
+        return frozenset(u for u in units if sum(u in a for a in answers) >= tau * len(answers) - 1e-9)
+    if how == "staged":
+        names = [frozenset((n, t) for h, ht, e, et, _ in a for n, t in ((h, ht), (e, et))) for a in answers]
+        top = sorted(names, key=lambda name: (-names.count(name), names.index(name)))[0]
+        answers = [a for a, name in zip(answers, names, strict=True) if name == top]
+    return sorted(answers, key=lambda answer: (-answers.count(answer), answers.index(answer)))[0]
 
 
-def write(path, rows):
-    path.write_text("".join(data.jsonl_line(row) for row in rows), encoding="utf-8")
-    return path
-
-
-def stored_row(name, texts, gold=(), prompt="reason", finished=True):
-    responses = [{"text": text, "finished": finished} for text in texts]
-    return {
-        "id": name,
-        "text": f"tweet {name}",
-        "image": "x.jpg",
-        "quintuples": [list(g) for g in gold],
-        "responses": responses,
-        "prompt": prompt,
-    }
+def random_predictions(examples=12, n=7, seed=0):
+    rng = random.Random(seed)
+    preds, golds = [], []
+    for _ in range(examples):
+        answers = [
+            tuple(rng.choices((A, B, C, A._replace(relation="peer")), k=rng.randint(0, 2))) for _ in range(n)
+        ]
+        parsed = [bool(answer) or rng.random() < 0.5 for answer in answers]
+        preds.append(predictions.Prediction(answers, parsed, Counter(), n))
+        golds.append(rng.choice([(A,), (A, B), ()]))
+    return preds, golds
 
 
 @pytest.mark.parametrize(
-    "prompt, text, finished, quintuples, unparsed, well_formed, malformed",
-    [
-        ("reason", respond("[A, per, B, per, peer]"), True, 1, 0, 1, 0),
-        ("reason", respond("[]"), True, 0, 0, 1, 0),
-        ("reason", respond("I cannot say"), True, 0, 1, 1, 1),
-        ("reason", respond("[A, per, B, per, peer]\n[A, B]"), True, 1, 0, 1, 1),
-        ("reason", "<think>so A and B", False, 0, 1, 0, 0),
-        ("reason", "<answer>[]</answer>", True, 0, 0, 0, 0),
-        (
-            "reason",
-            "[A, per, B, per, peer]",
-            True,
-            0,
-            1,
-            0,
-            0,
-        ),  # no tags: nothing is read where the prompt asked for them
-        ("direct", "[A, per, B, per, peer]", True, 1, 0, 1, 0),
-        ("direct", "[]", True, 0, 0, 1, 0),
-        ("direct", "", True, 0, 0, 1, 0),
-        ("direct", "[A, per, B", False, 0, 1, 0, 1),
-    ],
+    "how, tau", [("set", 0.5), ("staged", 0.5), ("tuple", 0.3), ("tuple", 0.5), ("tuple", 1.0)]
 )
-def test_what_a_response_counts_as(
-    tmp_path, prompt, text, finished, quintuples, unparsed, well_formed, malformed
-):
-    path = write(tmp_path / "p.jsonl", [stored_row("1", [text], prompt=prompt, finished=finished)])
-    prediction = predictions.read_predictions(path)["1"]
-    assert len(prediction.answers[0]) == quintuples and prediction.parsed == [not unparsed]
-    counts = {
-        "responses": 1,
-        "well_formed": well_formed,
-        "cut_off": int(not finished),
-        "unparsed": unparsed,
-        "malformed_items": malformed,
-    }
-    assert prediction.counts == counts
+def test_f1_at_k_is_the_vote_of_every_subset(how, tau):
+    preds, golds = random_predictions()
+    curve = scoring.f1_at_k(preds, golds, how, tau, subsets=5, seed=9)
+    rng = np.random.default_rng(9)
+    orders = [rng.permuted(np.tile(np.arange(7), (5, 1)), axis=1) for _ in preds]
+    for s, k in itertools.product(range(5), range(1, 8)):
+        answers = []
+        for p, order in zip(preds, orders, strict=True):
+            places = sorted(order[s, :k])
+            answers.append(voted([frozenset(p.answers[i]) for i in places if p.parsed[i]], how, tau))
+        assert curve[s, k - 1] == pytest.approx(common.score(answers, golds)["jmere"]["f1"])
+    assert np.ptp(curve[:, 6]) == 0 and curve[:, 1:6].std() > 0  # all of K is one subset
+    final = [scoring.vote(p.answers, p.parsed, how, tau) for p in preds]
+    assert common.score(final, golds)["jmere"]["f1"] == pytest.approx(curve[0, 6])
 
 
-def test_other_systems_quintuples(tmp_path):
-    items = [
-        ["Josh Gordon ", "PERSON", "Browns", "organization", "member_of"],
-        ["A", "per", "B"],
-        ["A", "animal", "B", "per", "likes"],
-    ]
-    path = write(
-        tmp_path / "p.jsonl",
-        [{"id": 7, "quintuples": items}, {"id": "8", "quintuples": []}, {"id": "9", "quintuples": ["x"]}],
-    )
-    found = predictions.read_predictions(path)
-    assert (
-        found["7"].answers == [(GOLD, q("A, animal, B, per, likes"))]
-        and found["7"].counts["malformed_items"] == 1
-    )
-    assert found["8"].parsed == [True] and found["9"].parsed == [False]
+def test_f1_at_1_is_the_mean_of_single_responses():
+    preds, golds = random_predictions(30, 4)
+    curve = scoring.f1_at_k(preds, golds, subsets=3000)
+    single = [common.score([p.answers[i] for p in preds], golds)["jmere"]["f1"] for i in range(4)]
+    assert curve[:, 0].mean() == pytest.approx(np.mean(single), abs=0.01)
 
 
-# ------------------------------------------------------------------------------------------------ the command line
+# -------------------------------------------------------------------------------- what a score can tell
 
 
-def run(*args, cwd=None):
-    return subprocess.run(
-        [sys.executable, ROOT / "05_eval.py", *map(str, args)],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        cwd=cwd,
-        timeout=120,
-    )
+def brute_force_ceiling(rows):
+    """The best F1 over every answer to every tweet. rows: [(tweet, gold)]."""
+    tweets = sorted({tweet for tweet, _ in rows})
+    units = {tweet: sorted({q for t, gold in rows if t == tweet for q in gold}) for tweet in tweets}
+    subsets = []
+    for tweet in tweets:
+        sizes = range(len(units[tweet]) + 1)
+        subsets.append(
+            [set(chosen) for size in sizes for chosen in itertools.combinations(units[tweet], size)]
+        )
+    best = 0.0
+    for answers in itertools.product(*subsets):
+        answer = dict(zip(tweets, answers, strict=True))
+        preds = [answer[tweet] for tweet, _ in rows]
+        best = max(best, common.score(preds, [gold for _, gold in rows])["jmere"]["f1"])
+    return best
 
 
-def gold_file(folder):
-    rows = [
-        {"id": str(i), "text": f"tweet {i}", "image": "x.jpg", "quintuples": [list(GOLD)]} for i in range(4)
-    ]
-    return write(folder / "gold.jsonl", rows)
-
-
-def test_scoring_another_systems_file(tmp_path):
-    rows = [
-        {"id": "0", "quintuples": [list(GOLD)]},
-        {"id": "2", "quintuples": [list(GOLD[2:4] + GOLD[:2] + GOLD[4:])]},
-        {"id": "3", "quintuples": [["?"]]},
-    ]
-    done = run(
-        "--predictions",
-        write(tmp_path / "p.jsonl", rows),
-        "--data",
-        gold_file(tmp_path),
-        "--out",
-        tmp_path / "out",
-    )
-    assert done.returncode == 0, done.stderr
-    assert (
-        "4 tweets, 1 without a prediction (counted as empty)" in done.stdout
-        and "1 unparsed, 1 malformed items" in done.stdout
-    )
-    assert "all five parts equal, direction and case count" in done.stdout  # the rule stands beside the score
-    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
-    assert [metrics["scores"]["jmere"][name] for name in ("tp", "pred", "gold")] == [1, 2, 4]
-    assert metrics["scores"]["jmere_undirected"]["tp"] == 2
-    assert {name: n for name, n in metrics["errors"].items() if any(n)} == {
-        "direction": [1, 1],
-        "missing": [0, 1],
-        "unparsed": [0, 1],
-    }
-    again = run("--predictions", tmp_path / "out" / "quintuples.jsonl", "--data", tmp_path / "gold.jsonl")
-    assert (
-        again.returncode == 0
-        and again.stdout.split("equal means")[1].split("gold quintuples")[0] in done.stdout
-    )
+@pytest.mark.parametrize("seed", range(12))
+def test_ceiling_is_the_best_of_every_system(seed):
+    rng = random.Random(seed)
+    rows = [(rng.randrange(3), rng.sample((A, B, C), rng.randint(0, 2))) for _ in range(rng.randint(2, 7))]
+    found = limits.ceiling([gold for _, gold in rows], np.array([tweet for tweet, _ in rows]))
+    assert found["f1"] == pytest.approx(brute_force_ceiling(rows))
 
 
 @needs_data
-@pytest.mark.parametrize("file", ["jmere/test.json", "mnre/mnre_test.txt"])
-def test_gold_against_itself_is_100(tmp_path, file):
-    examples = data.load_examples(DATA / file)
-    rows = [{"id": e.id, "quintuples": [list(g) for g in e.quintuples]} for e in examples]
-    done = run(
-        "--predictions", write(tmp_path / "p.jsonl", rows), "--data", DATA / file, "--out", tmp_path / "out"
+@pytest.mark.parametrize("split, tweets, rows, f1", [("train", 137, 287, 95.9), ("test", 15, 30, 97.1)])
+def test_ceiling_of_the_cut_rows(split, tweets, rows, f1):
+    examples = data.load_examples(DATA / "jmere" / f"{split}.json")
+    found = limits.ceiling([e.quintuples for e in examples], scoring.tweet_numbers(examples))
+    assert (found["tweets"], found["rows"]) == (tweets, rows) and 100 * found["f1"] == pytest.approx(
+        f1, abs=0.06
     )
-    assert done.returncode == 0, done.stderr
-    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
-    assert {s["f1"] for s in metrics["scores"].values()} == {1.0} and metrics["scores"]["jmere"][
-        "gold"
-    ] == 640
-    assert not any(map(sum, metrics["errors"].values())) and metrics["scores"]["jmere"]["f1_95"] == [1, 1]
+    joined = data.load_examples(DATA / "jmere" / f"{split}.json", merge_repeats=True)
+    whole = limits.ceiling([e.quintuples for e in joined], scoring.tweet_numbers(joined))
+    assert whole == {"f1": 1.0, "tweets": 0, "rows": 0}
 
 
-def test_our_file_needs_no_data(tmp_path):
-    rows = [
-        stored_row("1", [respond(common.format_answer([GOLD]))] * 2 + [respond("[]")], [GOLD]),
-        stored_row("2", ["?"] * 3, [GOLD]),
-    ]
-    done = run("--predictions", write(tmp_path / "p.jsonl", rows))
-    assert done.returncode == 0, done.stderr
-    assert "2 tweets" in done.stdout and "6 responses, 3 well formed, 0 cut off, 3 unparsed" in done.stdout
-    assert [line.split()[1:7] for line in done.stdout.split("\n") if line.startswith("JMERE  ")] == [
-        ["100.00", "50.00", "66.67", "1", "1", "2"]
-    ]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.jsonl"]  # without --out nothing is written
+def influence(preds, golds):
+    examples = [data.Example(str(i), f"tweet {i}", "x.png", tuple(gold)) for i, gold in enumerate(golds)]
+    counts = scoring.match_counts(preds, golds, set)
+    return limits.influence(examples, counts, np.arange(len(golds)))
 
 
-@pytest.mark.parametrize(
-    "rows, data, message",
-    [
-        ([{"id": "0", "quintuples": []}], False, "give the gold with --data"),
-        (
-            [{"id": "0", "quintuples": []}, {"id": "9", "quintuples": []}],
-            True,
-            "1 of 2 ids are not in the data (9",
-        ),
-        (
-            [{"id": "0", "quintuples": []}, {"id": "0", "quintuples": []}],
-            True,
-            "p.jsonl:2: id 0 stands there twice",
-        ),
-        ([{"quintuples": []}], True, "p.jsonl:1: missing 'id'"),
-        (
-            [{"id": "0", "quintuples": "none"}],
-            True,
-            "p.jsonl:1: expected 'responses' (ours) or a list of 'quintuples'",
-        ),
-        ([stored_row("0", [])], True, "p.jsonl:1: expected 'prompt'"),
-        ([{**stored_row("0", ["x"]), "text": "other"}], True, "p.jsonl:1: id 0 has another text"),
-        (
-            [{"id": "0", "responses": [3], "prompt": "reason", "text": "tweet 0"}],
-            True,
-            "a response without 'text'",
-        ),
-    ],
-)
-def test_wrong_predictions_are_named(tmp_path, rows, data, message):
-    done = run(
-        "--predictions", write(tmp_path / "p.jsonl", rows), *(["--data", gold_file(tmp_path)] if data else [])
-    )
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+def test_influence_by_hand():
+    golds = [[A], [A, B, C], [A]]
+    found = influence([[A], [A], []], golds)  # tp 2, pred 2, gold 5
+    assert (found["ids"], found["gold"]) == (["1"], 3)
+    assert found["f1_missed"] == pytest.approx(2 * 1 / (1 + 5))
+    assert found["f1_right"] == pytest.approx(2 * 4 / (4 + 5))
+    assert found["f1_without"] == pytest.approx(2 * 1 / (1 + 2))
+    assert influence([[A]], [[]]) is None
 
 
-@pytest.mark.parametrize(
-    "args",
-    [
-        [], ["--predictions", "p", "--model", "m"], ["--model", "m", "--out", "o"], ["--predictions", "p", "--tau", "0"],
-        ["--model", "m", "--data", "d", "--out", "o", "--samples", "5", "--temperature", "0"], ["--predictions", "p", "--limit", "0"],
-    ],
-)  # fmt: skip
-def test_wrong_arguments(args):
-    with pytest.raises(SystemExit) as stopped:
-        ev.parse_args(args)
-    assert stopped.value.code == 2
+@given(SETS)
+def test_influence_is_that_of_trying_every_tweet(pairs):
+    preds, golds = [pred for pred, _ in pairs], [gold for _, gold in pairs]
+    ranges = []
+    for i in range(len(pairs)):
+        rest = preds[:i] + preds[i + 1 :], golds[:i] + golds[i + 1 :]
+        right = preds[:i] + [golds[i]] + preds[i + 1 :]
+        missed = preds[:i] + [[]] + preds[i + 1 :]
+        tried = [rest, (right, golds), (missed, golds)]
+        f1 = [common.score(*case)["jmere"]["f1"] for case in tried]
+        ranges.append(max(f1) - min(f1))
+    found = influence(preds, golds)
+    if found is None:
+        assert not any(golds)
+    else:
+        f1 = [found[name] for name in ("f1_without", "f1_right", "f1_missed")]
+        assert max(f1) - min(f1) == pytest.approx(max(ranges))
 
 
-# ------------------------------------------------------------------------------------------------ predict, with a stand-in for vlm
-
-
-class FakeRanks:
-    """training.Ranks for threads of one process."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, rank, values, meeting):
-        self.rank, self.world, self.main, self.values, self.meeting = (
-            rank,
-            len(values),
-            rank == 0,
-            values,
-            meeting,
-        )
-
-    def barrier(self):
-        self.meeting.wait()
-
-    def gather(self, value):
-        self.values[self.rank] = value
-        self.meeting.wait()
-        return list(self.values)
-
-
-class FakeVlm(types.SimpleNamespace):
-    """What 05 uses of vlm, rollout and training. Answers depend on the tweet's key alone; dies before tweet number `dies_at`."""
-
-    def __init__(self, ranks=(0,), dies_at=None, own="reason"):
-        meeting, values = threading.Barrier(len(ranks), timeout=60), [None] * len(ranks)
-        super().__init__(
-            torch=torch,
-            DTYPES={"bf16": torch.bfloat16, "fp32": torch.float32},
-            dies_at=dies_at,
-            own=own,
-            items=[],
-            loaded=[],
-            calls=[],
-        )
-        self.ranks = iter([FakeRanks(rank, values, meeting) for rank in ranks])
-
-    def setup(self):
-        return next(self.ranks)
-
-    def load(self, name, dtype, device):
-        assert dtype is torch.float32 and device.type == "cpu"
-        self.loaded.append(name)
-        return name, None
-
-    def load_adapter(self, model, folder):
-        self.loaded.append(str(folder))
-        return model
-
-    def read_recipe(self, folder):
-        return types.SimpleNamespace(prompt=self.own)
-
-    def generate(
-        self, model, processor, items, n, max_new_tokens, temperature, top_p, keys, batch_rows, static
-    ):
-        self.calls.append(
-            {
-                "n": n,
-                "max_new_tokens": max_new_tokens,
-                "temperature": temperature,
-                "top_p": top_p,
-                "rows": len(items) * n,
-            }
-        )
-        if self.dies_at is not None and len(self.items) + len(items) > self.dies_at:
-            raise KeyboardInterrupt
-        self.items += items
-        text = [respond(common.format_answer([GOLD]), think=f"key {key}") for key in keys]
-        return [
-            [types.SimpleNamespace(text=f"{t}", completion_ids=[1, 2], finished=True) for _ in range(n)]
-            for t in text
-        ]
-
-
-@pytest.fixture
-def tweets(tmp_path):
-    for size in (28, 280):
-        Image.new("RGB", (size, size)).save(tmp_path / f"{size}.png")
-    rows = [
-        {
-            "id": f"t{i}",
-            "text": "word " * i + "{text}",
-            "image": "280.png" if i == 3 else "28.png",
-            "quintuples": [list(GOLD)],
-        }
-        for i in range(6)
-    ]
-    return write(tmp_path / "data.jsonl", rows)
-
-
-def stand_in(monkeypatch, fake):
-    for name in ("vlm", "rollout", "training", "lora"):
-        monkeypatch.setattr(lib, name, fake, raising=False)
-
-
-def evaluate(monkeypatch, vlm, data, out, *more):
-    stand_in(monkeypatch, vlm)
-    ev.main(
-        ev.parse_args(["--model", "tiny", "--data", str(data), "--out", str(out), "--batch-rows", "2", *more])
-    )
-    return vlm
-
-
-def test_predict_stores_then_scores(monkeypatch, tweets, tmp_path, capsys):
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
-    out = tmp_path / "run"
-    vlm = evaluate(
-        monkeypatch, FakeVlm(), tweets, out, "--adapter", str(adapter), "--samples", "3", "--batch-rows", "7"
-    )
-    assert vlm.loaded == ["tiny", str(adapter)]
-    assert vlm.calls[0] == {
-        "n": 3,
-        "max_new_tokens": 2048,
-        "temperature": 0.8,
-        "top_p": 1.0,
-        "rows": 6,
-    }  # the paper's
-    order = [prompt.split("Tweet: ")[1].split("{text}")[0].count("word") for prompt, _ in vlm.items]
-    assert order == [3, 5, 4, 2, 1, 0]  # longest first, the image included; a brace in a tweet is text
-    assert "<think>" in vlm.items[0][0] and Path(vlm.items[0][1]).name == "280.png"
-    rows = [row for _, row in data.read_jsonl(out / "predictions.jsonl")]
-    assert [row["id"] for row in rows] == [f"t{i}" for i in range(6)] and len(
-        rows[0]["responses"]
-    ) == 3  # in the order of the data
+@needs_data
+def test_one_tweet_holds_21_of_the_640():
+    examples = data.load_examples(DATA / "jmere" / "test.json")
+    golds = [e.quintuples for e in examples]
+    found = limits.limits(examples, golds, golds, scoring.tweet_numbers(examples))["influence"]
     assert (
-        rows[0]["image"] == "../28.png"
-        and rows[0]["prompt"] == "reason"
-        and rows[0]["quintuples"] == [list(GOLD)]
+        found["gold"] == 21 and found["f1_right"] == 1 and found["f1_missed"] == pytest.approx(2 * 619 / 1259)
     )
-    assert sorted(path.name for path in out.iterdir()) == [
-        ".lock",
-        "metrics.json",
-        "predictions.jsonl",
-        "quintuples.jsonl",
-    ]
-    assert json.loads((out / "metrics.json").read_text())["scores"]["jmere"]["f1"] == 1.0
-    capsys.readouterr()
-    (adapter / "adapter_model.safetensors").write_bytes(
-        b"trained on"
-    )  # same folder, other weights: not the old predictions
-    with pytest.raises(SystemExit):
-        evaluate(monkeypatch, FakeVlm(), tweets, out, "--adapter", str(adapter), "--samples", "3")
-    assert "adapter" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "more, own, expected",
-    [
-        ([], "reason", "direct"),  # zero-shot
-        (["--prompt", "reason"], "direct", "reason"),
-        (["--adapter", "a"], "direct", "direct"),
-        (["--adapter", "a"], "reason", "reason"),
-        (["--adapter", "a", "--prompt", "direct"], "reason", "direct"),
-    ],
-)
-def test_prompt_follows_the_adapter(monkeypatch, tweets, tmp_path, more, own, expected):
-    vlm = evaluate(monkeypatch, FakeVlm(own=own), tweets, tmp_path / "run", *more)
-    assert {"<think>" in prompt for prompt, _ in vlm.items} == {expected == "reason"}
-    assert next(data.read_jsonl(tmp_path / "run" / "predictions.jsonl"))[1]["prompt"] == expected
-
-
-def test_a_killed_run_goes_on_and_ends_the_same(monkeypatch, tweets, tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    evaluate(monkeypatch, FakeVlm(), tweets, whole)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(monkeypatch, FakeVlm(dies_at=4), tweets, broken)
-    part = broken / "predictions.rank0.jsonl"
-    torn = part.read_bytes()
-    assert torn.count(b"\n") == 4
-    part.write_bytes(torn[:-20])  # the last line was being written
-    vlm = evaluate(monkeypatch, FakeVlm(), tweets, broken)
-    assert len(vlm.items) == 3  # two never asked and the torn one
-    assert (broken / "predictions.jsonl").read_bytes() == (whole / "predictions.jsonl").read_bytes()
-    vlm = evaluate(monkeypatch, FakeVlm(), tweets, broken)
-    assert vlm.items == vlm.loaded == []  # all stored: no model is loaded
-    assert len(evaluate(monkeypatch, FakeVlm(), tweets, broken, "--fresh").items) == 6
-
-
-def test_ranks_share_the_work_and_rank_0_merges(monkeypatch, tweets, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    evaluate(monkeypatch, FakeVlm(), tweets, one)
-    vlm = FakeVlm(ranks=(1, 0))
-    with ThreadPoolExecutor(2) as pool:  # one thread a rank, with a real barrier
-        stand_in(monkeypatch, vlm)
-        args = ["--model", "tiny", "--data", str(tweets), "--out", str(two), "--batch-rows", "2"]
-        assert [done.result() for done in [pool.submit(ev.main, ev.parse_args(args)) for _ in (0, 1)]] == [
-            None,
-            None,
-        ]
-    assert len(vlm.items) == len(set(vlm.items)) == 6 and sorted(c["rows"] for c in vlm.calls) == [1, 1, 2, 2]
-    assert sorted(path.name for path in two.iterdir()) == [
-        ".lock",
-        "metrics.json",
-        "predictions.jsonl",
-        "quintuples.jsonl",
-    ]
-    assert (two / "predictions.jsonl").read_bytes() == (one / "predictions.jsonl").read_bytes()
-
-
-def test_limit_keeps_what_is_stored(monkeypatch, tweets, tmp_path, capsys):
-    out = tmp_path / "run"
-    assert len(evaluate(monkeypatch, FakeVlm(), tweets, out, "--limit", "2").items) == 2
-    assert len(evaluate(monkeypatch, FakeVlm(), tweets, out).items) == 4
-    before = (out / "predictions.jsonl").read_bytes()
-    evaluate(monkeypatch, FakeVlm(), tweets, out, "--limit", "2")
-    assert (
-        out / "predictions.jsonl"
-    ).read_bytes() == before and "2 tweets, 2 stored already" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (["--samples", "2"], "samples 1 (now 2)"),
-        (["--temperature", "0"], "temperature 0.8 (now 0.0)"),
-        (["--prompt", "reason"], "prompt"),
-    ],
-)
-def test_other_settings_on_the_same_out_are_refused(monkeypatch, tweets, tmp_path, capsys, change, message):
-    evaluate(monkeypatch, FakeVlm(), tweets, tmp_path / "run")
-    with pytest.raises(SystemExit) as stopped:
-        evaluate(monkeypatch, FakeVlm(), tweets, tmp_path / "run", *change)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and message in error and "--fresh" in error
-
-
-def test_other_data_on_the_same_out_is_refused(monkeypatch, tweets, tmp_path, capsys):
-    evaluate(monkeypatch, FakeVlm(), tweets, tmp_path / "run")
-    rows = [{**row, "text": row["text"] + "!"} for _, row in data.read_jsonl(tweets)]
-    with pytest.raises(SystemExit):
-        evaluate(monkeypatch, FakeVlm(), write(tmp_path / "other.jsonl", rows), tmp_path / "run")
-    assert "is not this tweet of --data" in capsys.readouterr().err
-
-
-def test_tweets_without_gold_are_predicted_and_not_scored(monkeypatch, tweets, tmp_path, capsys):
-    rows = [{name: row[name] for name in ("id", "text", "image")} for _, row in data.read_jsonl(tweets)]
-    evaluate(monkeypatch, FakeVlm(), write(tmp_path / "plain.jsonl", rows), tmp_path / "run")
-    assert "6 quintuples predicted; no gold, so no score" in capsys.readouterr().out
-    answer = next(data.read_jsonl(tmp_path / "run" / "quintuples.jsonl"))[1]
-    assert answer == {"id": "t0", "quintuples": [list(GOLD)]}
-    assert "scores" not in json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert (
-        ev.main(
-            ev.parse_args(
-                ["--predictions", str(tmp_path / "run" / "predictions.jsonl"), "--data", str(tweets)]
-            )
-        )
-        is None
-    )  # gold later
-    assert "100.00" in capsys.readouterr().out
-
-
-def test_a_bad_image_is_found_before_the_model_is_loaded(monkeypatch, tweets, tmp_path, capsys):
-    (tmp_path / "280.png").write_bytes(b"no image")
-    vlm = FakeVlm()
-    with pytest.raises(SystemExit):
-        evaluate(monkeypatch, vlm, tweets, tmp_path / "run")
-    assert "t3" in capsys.readouterr().err and vlm.loaded == []
-    assert len(evaluate(monkeypatch, vlm, tweets, tmp_path / "run", "--skip-bad").items) == 5
-
-
-def test_a_second_run_on_the_same_out_is_refused(monkeypatch, tweets, tmp_path, capsys):
-    with ask.AppendFile(tmp_path / "run" / ".lock"), pytest.raises(SystemExit) as stopped:
-        evaluate(monkeypatch, FakeVlm(), tweets, tmp_path / "run", "--fresh")
-    assert stopped.value.code == 2 and "another process writes to it" in capsys.readouterr().err
-
-
-# ------------------------------------------------------------------------------------------------ predict, with a real tiny model
-
-ENV = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-}
-
-
-@pytest.fixture(scope="module")
-def small_world(tmp_path_factory):
-    out = tmp_path_factory.mktemp("world")
-    subprocess.run(
-        [sys.executable, "-m", "demo.world", "--out", out, "--train", "1", "--val", "1", "--test", "5"],
-        check=True,
-        cwd=ROOT,
-        env=ENV,
-    )
-    return out
-
-
-@pytest.fixture(scope="module", params=["qwen2_5_vl", "llava"])
-def tiny(request, tmp_path_factory):
-    out = tmp_path_factory.mktemp(request.param)
-    subprocess.run(
-        [sys.executable, "-m", "demo.base.build", "--arch", request.param, "--out", out],
-        check=True,
-        cwd=ROOT,
-        env=ENV,
-    )
-    return out
-
-
-def shell(command, *args):
-    done = subprocess.run(
-        [*map(str, command), *map(str, args)], capture_output=True, text=True, env=ENV, cwd=ROOT, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def texts(out):
-    return {
-        row["id"]: [r["text"] for r in row["responses"]]
-        for _, row in data.read_jsonl(out / "predictions.jsonl")
-    }
-
-
-def test_a_real_model_predicts_the_same_on_any_number_of_ranks(tiny, small_world, tmp_path):
-    from lib import lora, vlm
-
-    model, processor = vlm.load(tiny)
-    torch.manual_seed(1)
-    model = lora.add_lora(model, 4, 8)
-    lora.save_adapter(model, processor, tmp_path / "adapter", lora.Recipe("direct"), "")
-    common_args = [
-        "--model",
-        tiny,
-        "--adapter",
-        tmp_path / "adapter",
-        "--data",
-        small_world / "test.jsonl",
-        "--max-new-tokens",
-        "12",
-    ]
-    sampled = [*common_args, "--samples", "3"]
-    one = shell([sys.executable, "05_eval.py"], *sampled, "--out", tmp_path / "one", "--batch-rows", "3")
-    assert (
-        "5 tweets, 0 stored already, 3 responses each, direct prompt, fp32" in one and "15 responses" in one
-    )
-    launcher = shutil.which("deepspeed", path=ENV["PATH"])
-    if launcher is None:
-        pytest.skip("the deepspeed launcher is not installed")
-    with socket.socket() as probe:  # not the launcher's default, which another run on this machine may hold
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shell(
-        [launcher, "--num_gpus", "2", "--master_port", port, "05_eval.py"],
-        *sampled,
-        "--out",
-        tmp_path / "two",
-        "--batch-rows",
-        "6",
-        "--report",
-    )
-    assert texts(tmp_path / "one") == texts(tmp_path / "two")
-    assert (
-        len({text for answers in texts(tmp_path / "one").values() for text in answers}) > 10
-    )  # sampled, not one text for all
-    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [
-        *(".lock", "metrics.json", "predictions.jsonl", "quintuples.jsonl", "report.html")
-    ]
-    again = shell([sys.executable, "05_eval.py"], *sampled, "--out", tmp_path / "two")
-    assert "5 tweets, 5 stored already" in again
-
-
-def test_table_columns_line_up():
-    lines = scoring.table(("name", "n"), [("a", 1), ("long name", 1000)]).splitlines()
-    assert lines == ["name          n", "a             1", "long name  1000"]

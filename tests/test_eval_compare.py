@@ -1,135 +1,22 @@
-"""05: many responses (Figure 5), --tau-from, --compare, --api."""
+"""05 --compare: the paper's tables, pairs, seeds, what is said of runs that do not match, the page of two
+runs."""
 
-import importlib
 import json
-import os
-import random
-import subprocess
-import sys
-from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_openai import FakeOpenAI
-from PIL import Image
+from eval_cases import GOLD, A, B, C, run, stored, write
 
-ROOT = Path(__file__).resolve().parent.parent
-import common  # noqa: E402
-from lib import data, predictions, scoring
-
-ev = importlib.import_module("05_eval")
-A, B, C = (common.quintuple(name, "per", "Browns", "org", "member of") for name in "ABC")
+import common
+from lib import compare, data, report
 
 
-def write(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(map(data.jsonl_line, rows)), encoding="utf-8")
-    return path
+def rows_of(folder):
+    return {row["name"]: row for row in json.loads((folder / "compare.json").read_text())["rows"]}
 
 
-def stored(path, answers, golds):
-    """predictions.jsonl of tweets t0, t1, …; answers: a list of quintuple lists a tweet, None where the response is no answer."""
-    texts = [
-        [
-            f"<think>x{i % 3}</think><answer>{'?' if a is None else common.format_answer(a)}</answer>"
-            for i, a in enumerate(r)
-        ]
-        for r in answers
-    ]
-    rows = [
-        {
-            "id": f"t{i}",
-            "text": f"tweet {i}",
-            "image": "x.png",
-            "quintuples": [list(q) for q in gold],
-            "prompt": "reason",
-        }
-        | {"responses": [{"text": text, "finished": True} for text in responses]}
-        for i, (gold, responses) in enumerate(zip(golds, texts))
-    ]
-    return write(path, rows)
-
-
-def run(*args, **env):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI")} | env
-    done = subprocess.run(
-        [sys.executable, ROOT / "05_eval.py", *map(str, args)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
-
-
-# ------------------------------------------------------------------------------------------------ F1@k
-
-
-def random_predictions(examples=12, n=7, seed=0):
-    rng, preds, golds = random.Random(seed), [], []
-    for _ in range(examples):
-        answers = [tuple(rng.choices((A, B, C), k=rng.randint(0, 2))) for _ in range(n)]
-        parsed = [bool(answer) or rng.random() < 0.5 for answer in answers]
-        preds.append(predictions.Prediction(answers, parsed, Counter(), n))
-        golds.append(rng.choice([(A,), (A, B), ()]))
-    return preds, golds
-
-
-@pytest.mark.parametrize("how, tau", [("set", 0.5), ("tuple", 0.3), ("tuple", 0.5), ("tuple", 1.0)])
-def test_f1_at_k_is_the_vote_of_every_subset(how, tau):
-    preds, golds = random_predictions()
-    curve, rng, wanted = (
-        scoring.f1_at_k(preds, golds, how, tau, subsets=5, seed=9),
-        np.random.default_rng(9),
-        np.zeros((5, 7)),
-    )
-    orders = [rng.permuted(np.tile(np.arange(7), (5, 1)), axis=1) for _ in preds]
-    for s in range(5):
-        for k in range(1, 8):
-            chosen = [sorted(order[s, :k]) for order in orders]
-            voted = [
-                scoring.vote([p.answers[i] for i in c], [p.parsed[i] for i in c], how, tau)
-                for p, c in zip(preds, chosen)
-            ]
-            wanted[s, k - 1] = common.score(voted, golds)["jmere"]["f1"]
-    assert curve == pytest.approx(wanted)
-    assert np.ptp(curve[:, 6]) == 0 and curve[:, 1:6].std() > 0  # all of N is one subset
-
-
-def test_f1_at_1_is_the_mean_of_single_responses():
-    preds, golds = random_predictions(30, 4)
-    curve = scoring.f1_at_k(preds, golds, subsets=3000)
-    args = ev.parse_args(["--predictions", "p", "--subsets", "5"])
-    assert curve[:, 0].mean() == pytest.approx(scoring.diversity(preds, golds, args)["single_mean"], abs=0.01)
-
-
-def test_diversity_by_hand(tmp_path):
-    answers = [[[A], [B], [A], None], [[C], [A, B], [A], [A]]]
-    path = stored(tmp_path / "p.jsonl", answers, [[A], [A, B]])
-    done = run("--predictions", path, "--out", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    many = json.loads((tmp_path / "out/metrics.json").read_text())["samples"]
-    single = [2 * tp / (pred + 3) for tp, pred in ((1, 2), (2, 3), (2, 2), (1, 1))]  # gold 3
-    assert many["single_mean"] == pytest.approx(np.mean(single)) and many["single_std"] == pytest.approx(
-        np.std(single)
-    )
-    assert many["best_of_n"] == 1.0 and many["distinct_answers"] == 2.5 and many["distinct_paths"] == 3
-    assert many["f1_at_k"][3] == pytest.approx([4, 0.8, 0]) and "best of 4 (oracle) 100.00" in done.stdout
-
-
-def test_tau_comes_from_validation(tmp_path):
-    validation = stored(
-        tmp_path / "val.jsonl", [[[A], [A], [B], [A, B]]] * 3, [[A]] * 3
-    )  # A has 3 of 4 votes, B 2 of 4
-    test = stored(tmp_path / "test.jsonl", [[[A], [A], [C], [B]]] * 2, [[A, B]] * 2)
-    done = run("--predictions", test, "--vote", "tuple", "--tau-from", validation)
-    assert done.returncode == 0 and "--tau 0.65, the best on" in done.stdout  # 0.55 … 0.75 are equally good
-    assert done.stdout.split("JMERE  ")[1].split()[:3] == ["0.00", "0.00", "0.00"]
-
-
-# ------------------------------------------------------------------------------------------------ --compare
+def jmere(row):
+    return row["scores"]["jmere"]
 
 
 def test_compare_prints_the_papers_tables(tmp_path):
@@ -137,57 +24,114 @@ def test_compare_prints_the_papers_tables(tmp_path):
     stored(tmp_path / "sft" / "predictions.jsonl", [[[A] if i < 10 else [B]] for i in range(40)], golds)
     stored(tmp_path / "r1" / "predictions.jsonl", [[[A] if i < 30 else [B]] for i in range(40)], golds)
     other = write(tmp_path / "mine.jsonl", [{"id": f"t{i}", "quintuples": [list(A)]} for i in range(10)])
-    done = run(
-        "--compare",
-        tmp_path / "sft",
-        f"jmere_r1={tmp_path / 'r1'}",
-        f"no filters at all={other}",
-        "--out",
-        tmp_path / "out",
-    )
+    specs = [tmp_path / "sft", f"jmere_r1={tmp_path / 'r1'}", f"no filters at all={other}"]
+    done = run("--compare", *specs, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    rows = {row["name"]: row for row in json.loads((tmp_path / "out/compare.json").read_text())}
-    assert (
-        rows["sft"]["scores"]["jmere"]["f1"] == 0.25
-        and rows["sft"]["paper"][2] == 51.95
-        and "p" not in rows["sft"]
-    )
-    assert rows["jmere_r1"]["f1_difference"] == pytest.approx(0.5) and rows["jmere_r1"]["p"] < 0.01
-    low, high = rows["jmere_r1"]["difference_95"]
+    rows = rows_of(tmp_path / "out")
+    assert jmere(rows["sft"])["f1"] == 0.25 and rows["sft"]["paper"][2] == 51.95
+    assert "p" not in jmere(rows["sft"])
+    assert jmere(rows["jmere_r1"])["difference"] == pytest.approx(0.5) and jmere(rows["jmere_r1"])["p"] < 0.01
+    low, high = jmere(rows["jmere_r1"])["difference_95"]
     assert 0.3 < low < 0.5 < high < 0.7
-    assert (
-        rows["no filters at all"]["without_prediction"] == 30
-        and rows["no filters at all"]["section"] == "Ablations (Table 2)"
-    )
+    assert rows["no filters at all"]["without_prediction"] == [30]
+    assert rows["no filters at all"]["section"] == "Ablations (Table 2)"
     assert rows["EEGA"]["paper"] == [58.26, 52.61, 55.29, 78.59] and "scores" not in rows["EEGA"]
-    line = next(line for line in done.stdout.splitlines() if line.startswith("jmere_r1"))
-    assert (
-        line.split()[1:4] == ["75.00", "75.00", "75.00"]
-        and line.split()[-4:] == ["58.99", "54.84", "56.84", "79.20"]
-        and "+50.00" in line
-    )
-    assert (
-        done.stdout.index("zero-shot GPT-4o")
-        < done.stdout.index("EEGA")
-        < done.stdout.index("no filters at all")
-    )
+    line, entities = (line for line in done.stdout.splitlines() if line.startswith("jmere_r1"))
+    assert line.split()[1:4] == ["75.00"] * 3 and line.split()[-3:] == ["58.99", "54.84", "56.84"]
+    assert "+50.00" in line and line.split()[-4] == f"{jmere(rows['jmere_r1'])['p']:.4f}"
+    # entities: Browns is right everywhere, the person in 30 of 40
+    assert entities.split()[1:2] == ["87.50"] and entities.split()[-1] == "79.20" and "+25.00" in entities
+    places = [done.stdout.index(name) for name in ("zero-shot GPT-4o", "EEGA", "no filters at all")]
+    assert places == sorted(places)
+    assert "note: no filters at all: 30 of 40 tweets have no prediction" in done.stdout
     markdown = (tmp_path / "out/compare.md").read_text(encoding="utf-8").splitlines()
-    assert {line.count("|") for line in markdown if line} == {14} and any(
-        line.startswith("| jmere_r1 | 75.00 |") for line in markdown
-    )
+    assert {line.count("|") for line in markdown if line} == {12, 8}
+    assert any(line.startswith("| jmere_r1 | 75.00 |") for line in markdown)
 
 
 def test_the_paired_bootstrap_is_paired(tmp_path):
-    """Two runs that fail on the same tweets: the interval of each is wide, that of the difference is a point."""
+    """Two runs that fail on the same tweets: the interval of each is wide, that of the difference is a
+    point."""
     golds = [[A, B]] * 60
     one = stored(tmp_path / "one.jsonl", [[[A] if i % 2 else [C]] for i in range(60)], golds)
     two = stored(tmp_path / "two.jsonl", [[[B] if i % 2 else [C]] for i in range(60)], golds)
-    done = run("--compare", one, two, "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
-    rows = {row["name"]: row for row in json.loads((tmp_path / "compare.json").read_text())}
-    assert rows["two"]["difference_95"] == [0, 0] and rows["two"]["p"] == 1.0
-    low, high = rows["two"]["scores"]["jmere"]["f1_95"]
+    assert run("--compare", one, two, "--out", tmp_path).returncode == 0
+    row = jmere(rows_of(tmp_path)["two"])
+    assert row["difference_95"] == [0, 0] and row["p"] == 1.0
+    low, high = row["f1_95"]
     assert high - low > 0.1
+
+
+def test_p_of_the_entities_is_its_own(tmp_path):
+    """Relations wrong, entities right: F1 differs, MNER does not."""
+    golds = [[A]] * 30
+    one = stored(tmp_path / "one.jsonl", [[[A._replace(relation="peer")]]] * 30, golds)
+    two = stored(tmp_path / "two.jsonl", [[[A]]] * 30, golds)
+    assert run("--compare", one, two, "--out", tmp_path).returncode == 0
+    row = rows_of(tmp_path)["two"]
+    assert jmere(row)["difference"] == 1 and jmere(row)["p"] < 0.001
+    assert row["scores"]["mner"]["difference"] == 0 and row["scores"]["mner"]["p"] == 1.0
+    assert row["scores"]["mner"]["f1_95"] == [1, 1]
+
+
+def test_seeds_of_a_method_are_one_row(tmp_path):
+    golds = [[A]] * 40
+    runs = []
+    for right in (10, 20, 30):
+        answers = [[[A] if i < right else [B]] for i in range(40)]
+        runs.append(stored(tmp_path / f"{right}.jsonl", answers, golds))
+    base = stored(tmp_path / "base.jsonl", [[[B]]] * 40, golds)
+    done = run("--compare", f"SFT={base}", f"JMERE-R1={','.join(map(str, runs))}", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    row = jmere(rows_of(tmp_path)["JMERE-R1"])
+    assert row["f1"] == pytest.approx(0.5) and row["f1_sd"] == pytest.approx(
+        np.std([0.25, 0.5, 0.75], ddof=1)
+    )
+    assert row["difference"] == pytest.approx(0.5) and row["p"] < 0.001
+    # the interval is that of the mean over seeds, tweets drawn anew: narrower than that of a single run
+    low, high = row["f1_95"]
+    assert 0.3 < low < 0.5 < high < 0.7
+    assert "50.00 ± 25.00" in done.stdout and rows_of(tmp_path)["JMERE-R1"]["runs"] == [
+        str(path) for path in runs
+    ]
+    assert "note: unequal numbers of seeds" in done.stdout
+
+
+def test_one_seed_is_the_plain_row(tmp_path):
+    golds = [[A], [A, B], [C]] * 10
+    one = stored(tmp_path / "one.jsonl", [[[A]], [[A]], [[B]]] * 10, golds)
+    two = stored(tmp_path / "two.jsonl", [[[A]], [[A, B]], [[B]]] * 10, golds)
+    assert run("--compare", f"a={one}", f"b={two}", "--out", tmp_path).returncode == 0
+    single = jmere(rows_of(tmp_path)["b"])
+    assert run("--compare", f"a={one}", f"b={two},{two}", "--out", tmp_path).returncode == 0
+    twice = jmere(rows_of(tmp_path)["b"])
+    for name in ("f1", "f1_95", "difference", "difference_95", "p"):
+        assert twice[name] == pytest.approx(single[name])
+    assert twice["f1_sd"] == 0
+
+
+def test_difference_by_relation(tmp_path):
+    peer = GOLD._replace(relation="peer")
+    golds = [[A], [peer]] * 5
+    one = stored(tmp_path / "one.jsonl", [[[A]], [[GOLD]]] * 5, golds)
+    two = stored(tmp_path / "two.jsonl", [[[B]], [[peer]]] * 5, golds)
+    done = run("--compare", one, two)
+    lines = {
+        line.split()[0]: line.split()
+        for line in done.stdout.splitlines()
+        if line.startswith(("peer", "member"))
+    }
+    # member of: five right of ten predicted and five gold, then none; peer: none, then all
+    assert lines["peer"] == ["peer", "5", "0.00", "100.00", "+100.00"]
+    assert lines["member"] == ["member", "of", "5", "66.67", "0.00", "-66.67"]
+
+
+def test_unequal_responses_and_other_gold_are_said(tmp_path):
+    one = stored(tmp_path / "one.jsonl", [[[A]]] * 3, [[A]] * 3)
+    two = stored(tmp_path / "two.jsonl", [[[A]] * 5, [[A]] * 5, [[A]] * 4], [[A], [A], [B]])
+    done = run("--compare", one, two)
+    assert "note: unequal responses a tweet: 1, 4 to 5" in done.stdout
+    assert "stores another gold for 1 tweets (t2, …): not the gold that counts here" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -204,105 +148,44 @@ def test_runs_that_cannot_be_compared(tmp_path, golds, names, message):
     assert done.returncode == 2 and message in done.stderr
 
 
-# ------------------------------------------------------------------------------------------------ --api
+def test_names_of_runs(tmp_path):
+    (tmp_path / "a=b,c").mkdir()
+    assert compare.split_name(str(tmp_path / "a=b,c")) == ("a=b,c", [str(tmp_path / "a=b,c")])
+    assert compare.split_name("SFT=x/predictions.jsonl") == ("SFT", ["x/predictions.jsonl"])
+    assert compare.split_name("SFT=x,y") == ("SFT", ["x", "y"])
+    assert compare.split_name("runs/test/predictions.jsonl")[0] == "test"
 
 
-@pytest.fixture
-def tweets(tmp_path):
-    Image.new("RGB", (30, 20), "red").save(tmp_path / "x.png")
-    rows = [
-        {"id": f"t{i}", "text": f"tweet {i}", "image": "x.png", "quintuples": [list(A)]} for i in range(4)
-    ]
-    return write(tmp_path / "data.jsonl", rows)
-
-
-def model(body, prompt):
-    if "tweet 1" in prompt:
-        return ["I'm sorry, I can't help with that."] * body.get("n", 1)
-    return [common.format_answer([A])] * body.get("n", 1)
-
-
-def test_api_model_is_asked_once_and_scored(tweets, tmp_path):
-    out, key = tmp_path / "run", {"OPENAI_API_KEY": "sk-x"}
-    with FakeOpenAI(model) as server:
-        command = ["--api", "--model", "fake", "--base-url", server.url, "--data", tweets, "--out", out]
-        dry = run(*command, "--dry-run")
-        assert dry.returncode == 0 and "4 calls" in dry.stdout and not server.requests
-        assert run(*command).returncode == 3 and not server.requests  # no key
-        done = run(*command, "--samples", "3", **key)
-        assert done.returncode == 0, done.stderr
-        assert (
-            len(server.requests) == 4
-            and "temperature" not in server.requests[0]["body"]
-            and server.requests[0]["body"]["n"] == 3
-        )
-        assert "Output only the final answer" in server.requests[0]["prompt"]
-        assert "12 responses, 12 well formed, 0 cut off, 3 unparsed" in done.stdout
-        metrics = json.loads((out / "metrics.json").read_text())
-        assert [metrics["scores"]["jmere"][name] for name in ("tp", "pred", "gold")] == [3, 3, 4] and metrics[
-            "errors"
-        ]["unparsed"] == [
-            0,
-            1,
-        ]
-        more = run(*command, "--samples", "5", **key)  # only the two that are missing are paid for
-        assert more.returncode == 0 and [r["body"].get("n") for r in server.requests[4:]] == [2] * 4
-        assert run(*command, "--samples", "5", **key).returncode == 0 and len(server.requests) == 8
-        other = run(*command, "--temperature", "0.1", **key)
-        assert other.returncode == 2 and "--fresh" in other.stderr and len(server.requests) == 8
-        again = run(*command, "--fresh", "--temperature", "0.1", "--limit", "1", **key)
-        assert (
-            again.returncode == 0
-            and len(server.requests) == 9
-            and server.requests[8]["body"]["temperature"] == 0.1
-        )
-        assert len((out / "answers.jsonl").read_text().splitlines()) == 1
-
-
-def test_api_model_is_asked_by_batches(tweets, tmp_path):
-    key = {"OPENAI_API_KEY": "sk-x", "JMERE_POLL": "0.05"}
-    with FakeOpenAI(model) as server:
-        command = ["--api", "--model", "fake", "--base-url", server.url, "--data", tweets]
-        submitted = run(*command, "--out", tmp_path / "batched", "--batch", "submit", **key)
-        assert (
-            submitted.returncode == 0
-            and len(server.batches) == 1
-            and not (tmp_path / "batched" / "metrics.json").exists()
-        )
-        assert run(*command, "--out", tmp_path / "batched", "--batch", "collect", **key).returncode == 0
-        assert run(*command, "--out", tmp_path / "live", **key).returncode == 0
-    assert (tmp_path / "batched" / "metrics.json").read_text() == (
-        tmp_path / "live" / "metrics.json"
-    ).read_text()
-
-
-def test_failed_calls_are_counted(tweets, tmp_path):
-    with FakeOpenAI(model, faults=["400"]) as server:
-        command = [
-            "--api",
-            "--model",
-            "fake",
-            "--base-url",
-            server.url,
-            "--data",
-            tweets,
-            "--out",
-            tmp_path / "run",
-            "--concurrency",
-            "1",
-        ]
-        done = run(*command, OPENAI_API_KEY="sk-x")
-        assert (
-            done.returncode == 1
-            and "1 without a prediction (counted as empty)" in done.stdout
-            and "1 of 4 calls failed" in done.stderr
-        )
-        assert run(*command, OPENAI_API_KEY="sk-x").returncode == 0 and len(server.requests) == 5
+# -------------------------------------------------------------------------------- what became of a tweet
 
 
 @pytest.mark.parametrize(
-    "args", [["--budget", "3"], ["--api", "--adapter", "a"], ["--dry-run"], ["--batch", "submit"]]
+    "first, second, expected",
+    [
+        ([B], [A], ("better", 2)),
+        ([A], [A, B], ("worse", 1)),
+        ([], [A], ("better", 1)),
+        ([B], [C], ("both wrong", 2)),
+        ([A], [A], ("both right", 0)),
+    ],
 )
-def test_arguments_of_the_api(args):
-    with pytest.raises(SystemExit):
-        ev.parse_args(["--model", "m", "--data", "d", "--out", "o", *args])
+def test_better_worse_both(first, second, expected):
+    assert report.changed(data.Example("t", "x", "x.png", (A,)), first, second) == expected
+
+
+def test_the_order_is_better_worse_both_wrong_both_right():
+    cases = [("better", 5), ("better", 1), ("worse", 9), ("worse", 1), ("both wrong", 50), ("both right", 0)]
+    keys = [report.change_key(*case) for case in cases]
+    assert keys == sorted(keys, reverse=True) and len(set(keys)) == len(keys)
+
+
+def test_f1_of_the_tables_is_that_of_common(tmp_path):
+    golds = [[A, B], [C], [A]]
+    answers = [[[A], [B]], [[C], [C]], [[], [A]]]
+    path = stored(tmp_path / "p.jsonl", answers, golds)
+    assert run("--compare", path, "--out", tmp_path, "--vote", "tuple", "--tau", "0.9").returncode == 0
+    wanted = common.score([[], [C], []], golds, ("jmere", "mner"))
+    found = rows_of(tmp_path)["p"]["scores"]
+    assert {name: found[name]["f1"] for name in wanted} == {
+        name: scores["f1"] for name, scores in wanted.items()
+    }

@@ -62,6 +62,7 @@ def merge_adapter(name, adapter, out):
     model.merge_and_unload().save_pretrained(fresh)
     published_layout(fresh)
     processor.save_pretrained(fresh)
+    processor.image_processor.save_pretrained(fresh)  # a file of its own, as servers look for it
     (fresh / "jmere.json").write_text(json.dumps(asdict(recipe) | {"base": str(name)}) + "\n")
     merged, _ = vlm.load(str(fresh), dtype)
     difference = distance(logits(merged, prompt), wanted)

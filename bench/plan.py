@@ -12,8 +12,8 @@ Nothing here is measured: simulate.py runs the scripts' own passes on the whole 
     validation   as rollout, one greedy response for each of --eval-rows prompts; in 05 of --batch-rows
 
 --reserve is left to what no tensor of ours is: CUDA's context, kernels' scratch, NCCL, fragmentation. GB are
-2^30 bytes. Attention's masks are counted as on a CPU; flash attention needs none. Hours, without validation: a part takes as
-long as its FLOP or its bytes read do, whichever is longer, at the assumed --utilisation of the card's peaks.
+2^30 bytes. Attention's masks are counted as on a CPU; flash attention needs none. Hours, without validation:
+a part takes as long as its FLOP or its bytes read, the longer, at the assumed --utilisation of the peaks.
 
     python -m bench.plan --model qwen2.5-vl-7b --card 48 --gpus 4 --group-size 8
     python -m bench.plan --table                                # your card → flags; some minutes

@@ -456,7 +456,7 @@ def main(args):
         # 5. Validate, save
         validated = (step + 1) % eval_steps == 0 or step + 1 == total
         if validated:
-            row |= training.validate_and_keep(run, model, processor, val, step + 1, ranks, args)
+            row |= training.validate_and_keep(run, model, processor, val, step + 1, ranks, args, server)
         run.log([row])
         bar.set_postfix_str(
             f"reward {row['reward']:.3f}{run.best_text()} kl {row['kl']:.4f} length {row['length']:.0f} "

@@ -444,8 +444,11 @@ def _permutation(n, seed, epoch):
 # -------------------------------------------------------------------------------- validation
 
 
-def validate(model, processor, examples, ranks, args):
-    """Greedy answers to `examples`, shared out over the ranks → (scores of common.score, answers as rows)."""
+def validate(model, processor, examples, ranks, args, server=None):
+    """Greedy answers to `examples`, shared out over the ranks → (scores of common.score, answers as rows).
+
+    server: the served.Server that gives them, where one does.
+    """
     mine = examples[ranks.rank :: ranks.world]
     items = [(common.PROMPTS[args.prompt].format(text=example.text), example.image) for example in mine]
     was_training = model.training
@@ -453,10 +456,15 @@ def validate(model, processor, examples, ranks, args):
     bar = tqdm(
         total=len(items), desc="validate", unit="tweet", disable=None if ranks.main else True, leave=False
     )
+    if server:
+        server.publish(model)
     with bar, ranks.together():
-        samples = rollout.generate(
-            model, processor, items, 1, args.max_new_tokens, 0.0, batch_rows=args.eval_rows, progress=bar
-        )
+        if server:
+            samples = server.sample(items, 1, args.max_new_tokens, 0.0)
+        else:
+            samples = rollout.generate(
+                model, processor, items, 1, args.max_new_tokens, 0.0, batch_rows=args.eval_rows, progress=bar
+            )
     model.train(was_training)
     rows = {}
     for example, [sample] in zip(mine, samples, strict=True):
@@ -469,13 +477,13 @@ def validate(model, processor, examples, ranks, args):
     return common.score(pred, [example.quintuples for example in examples]), rows
 
 
-def validate_and_keep(run, model, processor, val, step, ranks, args):
+def validate_and_keep(run, model, processor, val, step, ranks, args, server=None):
     """Validate, keep best/ → the row's validation fields. Without a validation set the newest state is the
     best."""
     if not val:
         run.keep_best(model, processor, step, run.state["best"] + 1)
         return {}
-    scores, rows = validate(model, processor, val, ranks, args)
+    scores, rows = validate(model, processor, val, ranks, args, server)
     with ranks.together():
         if ranks.main:
             lines = "".join(map(data.jsonl_line, rows))

@@ -4,6 +4,8 @@ import base64
 import io
 import json
 import shutil
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -155,6 +157,20 @@ def test_a_stored_adapter_is_served_from_a_copy(fake, server, policy, tmp_path):
     server.publish(tmp_path / "best")
     assert server.sample(items, 1, 12, 0.0) == rollout.generate(model, processor, items, 1, 12, 0.0)
     assert str(tmp_path / "best") not in [folder for _, folder in fake.loads]
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_answers_of_a_stored_adapter_and_of_what_is_served(fake, policy, tmp_path, adapted):
+    folder, model, processor, items = policy
+    adapter = str(tmp_path / "best") if adapted else None
+    lora.save_adapter(model, processor, tmp_path / "best", lora.Recipe("reason"), "")
+    args = SimpleNamespace(rollout_url=fake.url, model=folder, adapter=adapter, out=tmp_path / "out")
+    server = served.answering(args, processor, ALONE, *items[0])
+    with nullcontext() if adapted else model.disable_adapter():
+        ours = rollout.generate(model, processor, items, 1, 12, 0.0)
+    assert server.sample(items, 1, 12, 0.0) == ours
+    server.close()
+    assert len(fake.loads) == adapted and not fake.loaded and not server.folder.exists()
 
 
 def test_what_a_killed_run_left_is_cleared_away(fake, server, policy, tmp_path):
@@ -356,7 +372,8 @@ def start(tiny, world, tmp_path_factory):
 
     def start(url, out, *more, ranks=None):
         argv = ["--adapter", folder / "best", "--model", tiny("llava"), "--data", world / "train.jsonl"]
-        argv += ["--no-val", "--group-size", 3, "--limit", 8, "--epochs", 1.5, "--max-new-tokens", 8]
+        argv += [] if "--val" in more else ["--no-val"]
+        argv += ["--group-size", 3, "--limit", 8, "--epochs", 1.5, "--max-new-tokens", 8]
         argv += ["--lr", 1e-2, "--out", out, *more]
         if url:
             argv += ["--rollout-url", url]
@@ -399,6 +416,23 @@ def test_grpo_on_one_rank_and_on_two(start, tiny, tmp_path):
         responses[ranks] = [row["response"] for row in samples if row["step"] == 1]
     assert asked[None] == asked[2] and len(asked[2]) == 12
     assert responses[None] == responses[2] and len(responses[2]) == 12
+
+
+def test_grpo_validates_by_the_server(start, tiny, world, tmp_path):
+    out = tmp_path / "out"
+    with FakeVLLM(tiny("llava")) as fake:
+        more = ["--batch-size", 4, "--val", world / "val.jsonl"]
+        answer = start(fake.url, out, *more)
+    assert answer["code"] == 0, answer["text"]
+    files = list((out / "validation").iterdir())
+    assert len(fake.loads) == 3 + len(files) and not fake.loaded
+    model, processor = vlm.load(str(tiny("llava")))
+    model = lora.load_adapter(model, str(out / "best")).eval()  # the newest: no F1
+    examples = data.load_examples(world / "val.jsonl")
+    items = [(common.REASON_PROMPT.format(text=e.text), e.image) for e in examples]
+    ours = rollout.generate(model, processor, items, 1, 8, 0.0)
+    stored = rows_of(out / "validation" / "step-3.jsonl")
+    assert [row["response"] for row in stored] == [sample.text for [sample] in ours]
 
 
 def test_grpo_stops_where_log_probs_are_not_its_own(start, tiny, tmp_path):

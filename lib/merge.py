@@ -122,29 +122,3 @@ def logits(model, prompt):
 
 def distance(found, wanted):
     return ((found - wanted).abs().max() / wanted.abs().max()).item()
-
-
-def published_layout(folder):
-    """The keys of LLaVA's vision tower as the hub has them, and as servers read them: transformers 5 leaves
-    `vision_model.` out when it writes, and takes both when it reads."""
-    vision = getattr(AutoConfig.from_pretrained(folder), "vision_config", None)
-    if getattr(vision, "model_type", None) != "clip_vision_model":
-        return
-    for path in folder.glob("*.safetensors"):
-        tensors = load_file(path)
-        renamed = {published_key(key): tensor for key, tensor in tensors.items()}
-        save_file(renamed, path, metadata={"format": "pt"})
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        content = json.loads(index.read_text())
-        places = content["weight_map"].items()
-        content["weight_map"] = {published_key(key): name for key, name in places}
-        index.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def published_key(key):
-    """
-    >>> published_key("vision_tower.embeddings.class_embedding")
-    'vision_tower.vision_model.embeddings.class_embedding'
-    """
-    return re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", key)

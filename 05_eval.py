@@ -171,6 +171,11 @@ def parse_args(argv=None):
         "--batch-rows", type=at_least(1), default=64, help="responses decoded together [ours: fits 80 GB]"
     )
     group.add_argument(
+        "--rollout-url",
+        metavar="URL",
+        help="of a vLLM that serves --model as base: it draws the responses [ours: drawn here]",
+    )
+    group.add_argument(
         "--static-cache", action="store_true", help="CUDA graphs on a GPU; never run on one [ours: off]"
     )
     group = Group(parser.add_argument_group("scoring"), (*SCORING, COMPARE), applies)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 import common
 from common import InputError
-from lib import ask, checks, controls, data, lora, predictions, rollout, training, vlm
+from lib import ask, checks, controls, data, lora, predictions, rollout, served, training, vlm
 
 
 def predict(args):
@@ -97,6 +97,8 @@ def describe(args, device):
     names = ("samples", "temperature", "top_p", "max_new_tokens", "min_pixels", "max_pixels", "image", "seed")
     settings = {name: getattr(args, name) for name in names}
     settings["dtype"] = dtype
+    if args.rollout_url:  # another engine draws other responses from the same seed
+        settings["engine"] = "vllm"
     settings["weights"] = vlm.weights_digest(args.model)
     settings["adapter"] = predictions.adapter_hash(args.adapter) if args.adapter else None
     settings["prompt"] = predictions.text_hash(common.PROMPTS[args.prompt])
@@ -116,17 +118,36 @@ def prompt_size(example):
         return image.width * image.height // 784 + len(example.text) // 4
 
 
-def load_model(args, ranks, shown, dtype):
-    """→ (model, processor, the tweets it can take), proved on one of them: nothing is stored before."""
-    with ranks.together():
-        processor = vlm.load_processor(args.model, args.min_pixels, args.max_pixels)
-    usable, _ = checks.usable(shown, processor, args, ranks)
+def load_model(args, processor, first, ranks, dtype):
+    """The model that answers, proved on the tweet `first`: nothing is stored before."""
     with ranks.together():
         model, _ = vlm.load(args.model, vlm.DTYPES[dtype], ranks.device, processor)
         if args.adapter:
             model = lora.load_adapter(model, args.adapter)
-    checks.prove(model, processor, usable[0], args, ranks)
-    return model, processor, usable
+    checks.prove(model, processor, first, args, ranks)
+    return model
+
+
+@contextlib.contextmanager
+def answering(args, processor, first, ranks, dtype):
+    """draw(items, keys, rows) → (an item: a list of --samples rollout.Sample, rows that found room), by a
+    model that runs here or by the server of --rollout-url."""
+    if args.rollout_url:
+        text = common.PROMPTS[args.prompt].format(text=first.text)
+        server = served.answering(args, processor, ranks, text, first.image)
+        drawing = (args.samples, args.max_new_tokens, args.temperature, args.top_p)
+        with contextlib.closing(server):
+            yield lambda items, keys, rows: (server.sample(items, *drawing, keys=keys), rows)
+        return
+    model = load_model(args, processor, first, ranks, dtype)
+
+    def draw(items, keys, rows):
+        prompts = vlm.encode(model, processor, items)
+        drawing = (args.samples, args.max_new_tokens, args.temperature, rows)
+        extra = {"keys": keys, "top_p": args.top_p, "static": args.static_cache}
+        return rollout.sample_in_parts(model, processor, prompts, *drawing, **extra)
+
+    yield draw
 
 
 def generate(args, ranks, shown, stored, known, settings):
@@ -135,7 +156,9 @@ def generate(args, ranks, shown, stored, known, settings):
 
     shown: with the images to be shown; known: {id: Example} with their own, which are stored.
     """
-    model, processor, usable = load_model(args, ranks, shown, settings["dtype"])
+    with ranks.together():
+        processor = vlm.load_processor(args.model, args.min_pixels, args.max_pixels)
+    usable, _ = checks.usable(shown, processor, args, ranks)
     todo = [example for example in usable if example.id not in stored]
     mine = sorted(todo, key=prompt_size, reverse=True)[ranks.rank :: ranks.world]
     path = Path(args.out) / f"predictions.rank{ranks.rank}.jsonl"
@@ -143,23 +166,16 @@ def generate(args, ranks, shown, stored, known, settings):
     rows = args.batch_rows  # responses at once; fewer where a GPU has no room for them
     hidden = None if ranks.main else True
     done = 0
-    with ask.AppendFile(path) as file, tqdm(total=len(mine), unit="tweet", disable=hidden) as bar:
+    with contextlib.ExitStack() as stack:
+        draw = stack.enter_context(answering(args, processor, usable[0], ranks, settings["dtype"]))
+        file = stack.enter_context(ask.AppendFile(path))
+        bar = stack.enter_context(tqdm(total=len(mine), unit="tweet", disable=hidden))
         while done < len(mine):
             batch = mine[done : done + max(1, rows // args.samples)]
             items = [(template.format(text=example.text), example.image) for example in batch]
-            groups, rows = rollout.sample_in_parts(
-                model,
-                processor,
-                vlm.encode(model, processor, items),
-                args.samples,
-                args.max_new_tokens,
-                args.temperature,
-                rows,
-                # the same answers whatever the batch, the ranks or --limit
-                keys=[(args.seed, example.id) for example in batch],
-                top_p=args.top_p,
-                static=args.static_cache,
-            )
+            # the same answers whatever the batch, the ranks or --limit
+            keys = [(args.seed, example.id) for example in batch]
+            groups, rows = draw(items, keys, rows)
             for example, samples in zip(batch, groups, strict=True):
                 row = data.to_row(known[example.id], path)
                 row |= {"prompt": args.prompt, "responses": [stored_response(sample) for sample in samples]}

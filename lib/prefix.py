@@ -155,10 +155,12 @@ class Decoding:
 
     def keep(self, rows):
         """Drop all responses but `rows` (ascending indices), and prompts that have none left."""
-        self.own = [own[:, rows] for own in self.own]
+        for layer, own in enumerate(self.own):  # one by one: all layers are never held twice
+            self.own[layer] = own[:, rows]
         alive, owner = self.owner[rows].unique(return_inverse=True)
         if len(alive) < len(self.padding):
-            self.prefix = [prefix[:, alive] for prefix in self.prefix]
+            for layer, prefix in enumerate(self.prefix):
+                self.prefix[layer] = prefix[:, alive]
             self.padding = self.padding[alive]
         self._arrange(owner)
 
@@ -168,7 +170,8 @@ class Decoding:
         self.at.add_(1)
         if self.step % self.grow == 0:
             room = (0, 0, 0, self.grow)
-            self.own = [pad(own, room) for own in self.own]
+            for layer, own in enumerate(self.own):  # as in keep()
+                self.own[layer] = pad(own, room)
             size = self.own[0].shape[3]
             self.places = torch.arange(size, device=self.at.device)
 

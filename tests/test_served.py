@@ -435,6 +435,26 @@ def test_grpo_validates_by_the_server(start, tiny, world, tmp_path):
     assert [row["response"] for row in stored] == [sample.text for [sample] in ours]
 
 
+def test_05_stores_the_same_answers(policy, tiny, world, tmp_path):
+    """Greedy, of an adapter, drawn here and by a server; several responses come in one request a tweet."""
+    folder, model, processor, _ = policy
+    lora.save_adapter(model, processor, tmp_path / "best", lora.Recipe("reason"), "")
+    common_part = ["05_eval.py", "--adapter", tmp_path / "best", "--model", folder, "--max-new-tokens", 8]
+    common_part += ["--data", world / "test.jsonl", "--limit", 3, "--no-report"]
+    run_script(*common_part, "--temperature", 0, "--out", tmp_path / "here")
+    with FakeVLLM(folder) as fake:
+        by_server = [*common_part, "--rollout-url", fake.url]
+        run_script(*by_server, "--temperature", 0, "--out", tmp_path / "there")
+        assert len(fake.loads) == 1 and not fake.loaded
+        before = len(fake.asked)
+        run_script(*by_server, "--samples", 4, "--out", tmp_path / "four")
+        asked = [body for body in fake.asked[before:] if body["max_tokens"] == 8]
+    assert [body["n"] for body in asked] == [4, 4, 4]
+    here, there = (rows_of(tmp_path / name / "predictions.jsonl") for name in ("here", "there"))
+    assert [row["responses"] for row in here] == [row["responses"] for row in there]
+    assert here[0]["settings"] != there[0]["settings"] and there[0]["settings"]["engine"] == "vllm"
+
+
 def test_grpo_stops_where_log_probs_are_not_its_own(start, tiny, tmp_path):
     out = tmp_path / "out"
     with FakeVLLM(tiny("llava")) as fake:

@@ -22,8 +22,9 @@ Reads:  --data, any of the three formats of annotations
         {"id": "a", "text": "…", "image": "a.jpg", "quintuples": [["A", "per", "B", "org", "member of"]]}
 Writes: OUT/best/ (PEFT adapter), OUT/last/, OUT/config.json, OUT/validation/step-N.jsonl, OUT/curves.png
         OUT/metrics.jsonl  {"step": 1, "reward": 0.41, "accuracy": 0.1, "partial": 1.2, "format": 0.7, "kl":
-        0.0, …} OUT/samples.jsonl  {"step": 1, "id": "a", "response": "<think>…", "reward": 1.5, …,
-        "advantage": 0.7}
+        0.0, …}
+        OUT/samples.jsonl  {"step": 1, "id": "a", "response": "<think>…", "reward": 1.5, …, "advantage": 0.7}
+        OUT/samples.html, the latest of them beside their images, at each validation
 """
 
 import argparse
@@ -34,7 +35,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import common
 from common import above, at_least
-from lib import checks, lora, rollout, served, training, vlm
+from lib import checks, lora, rollout, samples_page, served, training, vlm
 from lib.run import Run
 
 # B prompts a rank and step   G responses a prompt   N responses of a packed row   C completion tokens
@@ -51,6 +52,11 @@ def parse_args(argv=None):
     )
     group.add_argument(
         "--model", help=f"base model [ours: the adapter's; with --only-rl {vlm.DEFAULT_MODEL}]"
+    )
+    group.add_argument(
+        "--prompt",
+        choices=tuple(common.PROMPTS),
+        help="[ours: the adapter's own; needed where it was made elsewhere; with --only-rl reason]",
     )
     group.add_argument("--lora-rank", type=at_least(1), default=128, help="with --only-rl [paper App. A]")
     group.add_argument("--lora-alpha", type=at_least(1), default=64, help="with --only-rl [paper App. A]")
@@ -464,6 +470,8 @@ def main(args):
             refresh=False,
         )
         bar.update()
+        if validated and ranks.main:
+            samples_page.write(run.out, train, args.prompt)
         if run.finish_step(engine, step + 1, total, validated):
             break
     bar.close()

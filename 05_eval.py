@@ -151,7 +151,7 @@ def parse_args(argv=None):
         choices=tuple(common.PROMPTS),
         help="[ours: the adapter's own; without one, direct]; with --predictions what a 'response' answers",
     )
-    applies["--prompt"] = ("prompt", SCORING)
+    applies["--prompt"] = ("prompt", (*SCORING, MERGE))
     group.add_argument(
         "--samples", type=at_least(1), default=1, help="responses a tweet [ours; paper §4, Figure 5: 100]"
     )

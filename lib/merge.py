@@ -25,7 +25,7 @@ def merge(args):
     """Write the base and --adapter as one model into the folder --merge, prove it, and say how well. Raises
     InputError."""
     resolve_model(args)
-    proof = merge_adapter(args.model, args.adapter, args.merge)
+    proof = merge_adapter(args.model, args.adapter, args.merge, args.prompt)
     print(f"{args.merge}: merged in {proof['dtype']}, for every server that loads a model folder")
     print(
         f"logits differ from base + adapter by {proof['difference']:.1e} of the largest (allowed "
@@ -33,8 +33,9 @@ def merge(args):
     )
 
 
-def merge_adapter(name, adapter, out):
+def merge_adapter(name, adapter, out, prompt=None):
     """Write base + adapter as one model into the folder `out`. Raises InputError where the two do not agree.
+    prompt: of an adapter whose folder does not tell.
 
     → {"difference", "effect", "tolerance", "dtype"}: largest difference of the logits of the *saved and
     reloaded* model from those of base + adapter on a probe tweet, and of the base alone from the same, as
@@ -45,7 +46,8 @@ def merge_adapter(name, adapter, out):
         raise InputError(f"{out}: exists already: choose another folder for the merged model")
     dtype = AutoConfig.from_pretrained(name).dtype or torch.float32
     tolerance = TOLERANCE.get(dtype, 5e-2)
-    recipe = lora.read_recipe(adapter)
+    recipe = lora.read_recipe(adapter, prompt)
+    recipe.prompt = prompt or recipe.prompt
     processor = vlm.load_processor(name, recipe.min_pixels, recipe.max_pixels)
     model, _ = vlm.load(name, dtype, processor=processor)
     model = lora.load_adapter(model, adapter)

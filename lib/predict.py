@@ -62,7 +62,7 @@ def resolve_model(args):
         args.prompt = args.prompt or "direct"
         return None
     data.existing("--adapter", args.adapter, "made by 04_grpo.py; --zero-shot predicts without one")
-    recipe = lora.read_recipe(args.adapter)
+    recipe = lora.read_recipe(args.adapter, args.prompt)
     base = lora.base_name(args.adapter)
     if args.model:
         refuse_other_weights(args, base)

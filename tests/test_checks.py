@@ -112,7 +112,7 @@ def test_pixels_are_limited_and_follow_the_adapter(tiny, world, tmp_path):
     text, image = "t", data.load_examples(world / "test.jsonl")[0].image
     tokens = [vlm.processor_inputs(p, text, image)["input_ids"].shape[1] for p in (own, stored)]
     assert tokens[1] - tokens[0] == 9 - 4  # 84 × 84 pixels, 28 × 28 a token
-    args = SimpleNamespace(adapter=str(tmp_path / "sft" / "best"), only_rl=False, model=None)
+    args = SimpleNamespace(adapter=str(tmp_path / "sft" / "best"), only_rl=False, model=None, prompt=None)
     args.min_pixels = args.max_pixels = None
     lora.resolve_start(args)
     assert (args.model, args.prompt, args.max_pixels) == (str(qwen), "direct", 8000)

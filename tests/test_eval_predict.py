@@ -85,7 +85,7 @@ class FakeVlm(types.SimpleNamespace):
         if name == "gone":
             raise common.InputError("--model gone: not a model folder")
 
-    def read_recipe(self, folder):
+    def read_recipe(self, folder, prompt):
         return types.SimpleNamespace(prompt=self.own, min_pixels=None, max_pixels=784)
 
     def base_name(self, folder):

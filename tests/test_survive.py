@@ -155,6 +155,8 @@ def test_curves_validation_and_metrics(start):
     out = answer["out"]
     assert answer["code"] == 0, answer["text"]
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    page = (out / "samples.html").read_text()
+    assert page.count('class="response"') == 12 and page.count("data:image/webp") == 4  # steps 6, 4, 2 and 1
     answered = [row["id"] for row in rows_of(out / "validation" / "step-6.jsonl")]
     assert answered == ["val-00000", "val-00001", "val-00002"]
     first = rows_of(out / "metrics.jsonl")[0]

@@ -96,8 +96,7 @@ def group_card(rows, example, picture, direct):
         shown.append(paragraph("soft small", "gold: nothing"))
     for row in sorted(rows, key=lambda row: -row["advantage"]):
         shown.append(response(row, gold, direct))
-    columns = element("div", {}, image), element("div", {}, *shown)
-    return element("article", {"class": "card example"}, *columns)
+    return element("article", {"class": "card example"}, div("", image), div("", *shown))
 
 
 def response(row, gold, direct):
@@ -112,8 +111,9 @@ def response(row, gold, direct):
             scores.append(element("span", {}, f"{name} ", value))
     if not row["finished"]:
         scores.append("cut off")
+    written = row["response"]
     scores = div("scores small num", *scores)
-    return div("response", scores, answer(row["response"], gold, direct), text(row["response"]))
+    return div("response", scores, answer(written, gold, direct), text(written))
 
 
 def answer(written, gold, direct):

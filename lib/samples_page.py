@@ -1,7 +1,6 @@
 """04's page: the latest responses beside their image, with the parts of their reward and their advantage.
 
-It is drawn here, without a script, and neither the clock nor the folder stands in it: a run that was killed
-ends with the same page. The template samples.html stands beside this file.
+No script draws it, and neither clock nor folder stands in it: a run that was killed ends with the same page.
 """
 
 import collections
@@ -51,8 +50,7 @@ def latest_groups(path):
     with open(path, encoding="utf-8", newline="\n") as lines:
         tail = collections.deque(lines, maxlen=RESPONSES + 1)
     groups = []
-    rows = map(json.loads, tail)
-    for _, group in itertools.groupby(rows, key=lambda row: (row["step"], row["id"])):
+    for _, group in itertools.groupby(map(json.loads, tail), key=lambda row: (row["step"], row["id"])):
         groups.append(list(group))
     if len(tail) > RESPONSES and len(groups) > 1:
         del groups[0]
@@ -72,8 +70,7 @@ def drawn_page(groups, known, pictures, direct):
             break
         cards[rows[0]["step"]].append(card)
         shown += len(rows)
-    steps = ", ".join(map(str, cards))
-    facts = [("responses", shown), ("of step", steps)]
+    facts = [("responses", shown), ("of step", ", ".join(map(str, cards)))]
     content = heading("04_grpo.py: each group's best response first", "Latest rollouts", facts)
     for step, group in cards.items():
         content += section(f"Step {step}", *group)
@@ -84,7 +81,7 @@ def group_card(rows, example, picture, direct):
     """One prompt and its responses. example: None where --data holds it no longer."""
     image = div("noimg", "no image here")
     if picture:
-        image = element("img", {"src": picture, "alt": "image of the tweet", "loading": "lazy"})
+        image = element("img", {"src": picture, "alt": "image of the tweet"})
     name = span("mono", isolated(rows[0]["id"]))
     about = paragraph("soft small num", name, f" · {len(rows)} responses")
     tweet = paragraph("soft", "not in --data any more")
@@ -115,8 +112,8 @@ def response(row, gold, direct):
             scores.append(element("span", {}, f"{name} ", value))
     if not row["finished"]:
         scores.append("cut off")
-    written = row["response"]
-    return div("response", div("scores small num", *scores), answer(written, gold, direct), text(written))
+    scores = div("scores small num", *scores)
+    return div("response", scores, answer(row["response"], gold, direct), text(row["response"]))
 
 
 def answer(written, gold, direct):
@@ -129,10 +126,10 @@ def answer(written, gold, direct):
     errors = scoring.classify(pred, gold)
     shown += [item(kind, kind, q) for kind, q, _ in errors if q]
     missing = sum(q is None for _, q, _ in errors)
-    note = "" if shown else "nothing predicted · "
-    if missing or note:
-        shown.append(paragraph("soft small", f"{note}{missing} of {len(gold)} missing"))
-    return shown
+    missed = f"{missing} of {len(gold)} missing"
+    if not shown:
+        missed = f"nothing predicted · {missed}"
+    return [*shown, paragraph("soft small", missed)]
 
 
 def item(kind, colour, q):

@@ -94,11 +94,11 @@ def describe(args, device):
     dtype = args.dtype
     if dtype == "auto":
         dtype = "fp32" if device.type == "cpu" else "bf16"
+    if args.rollout_url:  # its own, and another engine draws other responses from the same seed
+        dtype = "vllm"
     names = ("samples", "temperature", "top_p", "max_new_tokens", "min_pixels", "max_pixels", "image", "seed")
     settings = {name: getattr(args, name) for name in names}
     settings["dtype"] = dtype
-    if args.rollout_url:  # another engine draws other responses from the same seed
-        settings["engine"] = "vllm"
     settings["weights"] = vlm.weights_digest(args.model)
     settings["adapter"] = predictions.adapter_hash(args.adapter) if args.adapter else None
     settings["prompt"] = predictions.text_hash(common.PROMPTS[args.prompt])
@@ -129,14 +129,15 @@ def load_model(args, processor, first, ranks, dtype):
 
 
 @contextlib.contextmanager
-def answering(args, processor, first, ranks, dtype):
+def answering(args, processor, server, first, ranks, dtype):
     """draw(items, keys, rows) → (an item: a list of --samples rollout.Sample, rows that found room), by a
     model that runs here or by the server of --rollout-url."""
-    if args.rollout_url:
-        text = common.PROMPTS[args.prompt].format(text=first.text)
-        server = served.answering(args, processor, ranks, text, first.image)
+    if server:
         drawing = (args.samples, args.max_new_tokens, args.temperature, args.top_p)
         with contextlib.closing(server):
+            server.prove(common.PROMPTS[args.prompt].format(text=first.text), first.image)
+            if args.adapter:
+                server.publish(args.adapter)
             yield lambda items, keys, rows: (server.sample(items, *drawing, keys=keys), rows)
         return
     model = load_model(args, processor, first, ranks, dtype)
@@ -158,7 +159,8 @@ def generate(args, ranks, shown, stored, known, settings):
     """
     with ranks.together():
         processor = vlm.load_processor(args.model, args.min_pixels, args.max_pixels)
-    usable, _ = checks.usable(shown, processor, args, ranks)
+        server = served.connect(args, processor, ranks)
+    usable, _ = checks.usable(shown, processor, args, ranks, server)
     todo = [example for example in usable if example.id not in stored]
     mine = sorted(todo, key=prompt_size, reverse=True)[ranks.rank :: ranks.world]
     path = Path(args.out) / f"predictions.rank{ranks.rank}.jsonl"
@@ -167,7 +169,8 @@ def generate(args, ranks, shown, stored, known, settings):
     hidden = None if ranks.main else True
     done = 0
     with contextlib.ExitStack() as stack:
-        draw = stack.enter_context(answering(args, processor, usable[0], ranks, settings["dtype"]))
+        model = answering(args, processor, server, usable[0], ranks, settings["dtype"])
+        draw = stack.enter_context(model)
         file = stack.enter_context(ask.AppendFile(path))
         bar = stack.enter_context(tqdm(total=len(mine), unit="tweet", disable=hidden))
         while done < len(mine):

@@ -84,17 +84,6 @@ def connect(args, processor, ranks):
     return None
 
 
-def answering(args, processor, ranks, text, image):
-    """The Server of --rollout-url that gives 05's answers, those of args.adapter, or of what is served where
-    that is None; proved with one prompt. Raises InputError, Stopped, on all ranks. To be closed."""
-    with ranks.together():
-        server = Server(args.rollout_url, args.model, processor, args.out, ranks)
-    server.prove(text, image)
-    if args.adapter:
-        server.publish(args.adapter)
-    return server
-
-
 class Server:
     """vLLM at `url`, serving the model `name`. Adapters go to it through OUT/served, which it must see under
     the same path. Raises InputError, Stopped.

@@ -4,8 +4,6 @@ import base64
 import io
 import json
 import shutil
-from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -157,20 +155,6 @@ def test_a_stored_adapter_is_served_from_a_copy(fake, server, policy, tmp_path):
     server.publish(tmp_path / "best")
     assert server.sample(items, 1, 12, 0.0) == rollout.generate(model, processor, items, 1, 12, 0.0)
     assert str(tmp_path / "best") not in [folder for _, folder in fake.loads]
-
-
-@pytest.mark.parametrize("adapted", [True, False])
-def test_answers_of_a_stored_adapter_and_of_what_is_served(fake, policy, tmp_path, adapted):
-    folder, model, processor, items = policy
-    adapter = str(tmp_path / "best") if adapted else None
-    lora.save_adapter(model, processor, tmp_path / "best", lora.Recipe("reason"), "")
-    args = SimpleNamespace(rollout_url=fake.url, model=folder, adapter=adapter, out=tmp_path / "out")
-    server = served.answering(args, processor, ALONE, *items[0])
-    with nullcontext() if adapted else model.disable_adapter():
-        ours = rollout.generate(model, processor, items, 1, 12, 0.0)
-    assert server.sample(items, 1, 12, 0.0) == ours
-    server.close()
-    assert len(fake.loads) == adapted and not fake.loaded and not server.folder.exists()
 
 
 def test_what_a_killed_run_left_is_cleared_away(fake, server, policy, tmp_path):
@@ -435,24 +419,27 @@ def test_grpo_validates_by_the_server(start, tiny, world, tmp_path):
     assert [row["response"] for row in stored] == [sample.text for [sample] in ours]
 
 
-def test_05_stores_the_same_answers(policy, tiny, world, tmp_path):
-    """Greedy, of an adapter, drawn here and by a server; several responses come in one request a tweet."""
+@pytest.mark.parametrize("adapted", [True, False])
+def test_05_stores_the_same_answers(policy, world, tmp_path, adapted):
+    """Greedy, drawn here and by a server; several responses come in one request a tweet."""
     folder, model, processor, _ = policy
     lora.save_adapter(model, processor, tmp_path / "best", lora.Recipe("reason"), "")
-    common_part = ["05_eval.py", "--adapter", tmp_path / "best", "--model", folder, "--max-new-tokens", 8]
-    common_part += ["--data", world / "test.jsonl", "--limit", 3, "--no-report"]
-    run_script(*common_part, "--temperature", 0, "--out", tmp_path / "here")
+    start = ["--adapter", tmp_path / "best"] if adapted else ["--zero-shot"]
+    command = ["05_eval.py", *start, "--model", folder, "--data", world / "test.jsonl", "--limit", 3]
+    command += ["--max-new-tokens", 8, "--no-report"]
+    run_script(*command, "--temperature", 0, "--out", tmp_path / "here")
     with FakeVLLM(folder) as fake:
-        by_server = [*common_part, "--rollout-url", fake.url]
+        by_server = [*command, "--rollout-url", fake.url]
         run_script(*by_server, "--temperature", 0, "--out", tmp_path / "there")
-        assert len(fake.loads) == 1 and not fake.loaded
+        assert len(fake.loads) == adapted and not fake.loaded
         before = len(fake.asked)
-        run_script(*by_server, "--samples", 4, "--out", tmp_path / "four")
-        asked = [body for body in fake.asked[before:] if body["max_tokens"] == 8]
-    assert [body["n"] for body in asked] == [4, 4, 4]
+        if adapted:
+            run_script(*by_server, "--samples", 4, "--out", tmp_path / "four")
+        asked = [body["n"] for body in fake.asked[before:] if body["max_tokens"] == 8]
+    assert asked == [4, 4, 4] * adapted
     here, there = (rows_of(tmp_path / name / "predictions.jsonl") for name in ("here", "there"))
     assert [row["responses"] for row in here] == [row["responses"] for row in there]
-    assert here[0]["settings"] != there[0]["settings"] and there[0]["settings"]["engine"] == "vllm"
+    assert there[0]["settings"]["dtype"] == "vllm"  # not to be mixed with ours
 
 
 def test_grpo_stops_where_log_probs_are_not_its_own(start, tiny, tmp_path):

@@ -94,7 +94,7 @@ class FakeVlm(types.SimpleNamespace):
     def weights_digest(self, name):
         return {"base": "1", "tiny": "1"}.get(name, "2")
 
-    def usable(self, examples, processor, args, ranks):
+    def usable(self, examples, processor, args, ranks, server):
         return data.check_images(examples, args.skip_bad), ""
 
     def prove(self, model, processor, example, args, ranks):

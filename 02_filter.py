@@ -361,8 +361,8 @@ def write_rows(funnel, out):
     kept = [funnel.row(candidate, out) for candidate in funnel.alive]
     rejected = [funnel.row(c, out) for c in funnel.loaded if candidate_key(c) in funnel.rejected]
     rejected_path = ask.side_file(out, ".rejected.jsonl")
-    ask.write_whole(rejected_path, "".join(map(data.jsonl_line, rejected)))
-    ask.write_whole(out, "".join(map(data.jsonl_line, kept)))
+    data.write_atomic(rejected_path, "".join(map(data.jsonl_line, rejected)))
+    data.write_atomic(out, "".join(map(data.jsonl_line, kept)))
     if not kept:
         raise common.Stopped(f"no example is left, see {rejected_path} for the reasons")
 

@@ -283,14 +283,6 @@ class AppendFile:
         self.handle.close()  # gives the lock back
 
 
-def write_whole(path, text):
-    """Replace a file as a whole. Raises Stopped: disk full."""
-    try:
-        data.write_atomic(path, text)
-    except OSError as error:
-        raise Stopped(f"{path}: cannot write ({error.strerror})") from None
-
-
 def append_lines(path, rows):
     """Raises Stopped: disk full."""
     try:

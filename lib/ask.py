@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from common import InputError, Stopped
 from lib import data
-from lib.answers import AppendFile, beside, beside_answers, check_outputs, read_stored, side_file, write_whole
+from lib.answers import AppendFile, beside, beside_answers, check_outputs, read_stored, side_file
 from lib.api import estimate
 from lib.batches import Batches, open_batches, read_state, refuse_beside_batches, requests_in
 from lib.reply import Again, CallFailed
@@ -33,7 +33,6 @@ __all__ = [
     "read_stored",
     "side_file",
     "write_data_card",
-    "write_whole",
 ]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -142,7 +141,7 @@ def claim(client, jobs, out, finish):
         except (Again, CallFailed, Stopped):
             left.append(row)
     if claimed:
-        write_whole(path, "".join(map(data.jsonl_line, left)))
+        data.write_atomic(path, "".join(map(data.jsonl_line, left)))
         print(f"{claimed} answers taken from {path}, which were paid for already", file=sys.stderr)
 
 
@@ -387,8 +386,8 @@ def write_data_card(out, stages, reasons, stats, prompts, answers):
         "stated here, and none is implied. The reasoning is model output; the terms of its provider apply.",
     ]
     try:
-        write_whole(side_file(out, ".stats.json"), json.dumps(stats, indent=1) + "\n")
-        write_whole(side_file(out, ".card.md"), "\n\n".join(card) + "\n")
+        data.write_atomic(side_file(out, ".stats.json"), json.dumps(stats, indent=1) + "\n")
+        data.write_atomic(side_file(out, ".card.md"), "\n\n".join(card) + "\n")
     except Stopped as fault:  # said, not raised: why the run ends is said after it
         print(f"error: {fault}", file=sys.stderr)
 

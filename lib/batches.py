@@ -7,7 +7,8 @@ import time
 from collections import Counter, deque
 
 from common import InputError, Stopped
-from lib.answers import side_file, write_whole
+from lib import data
+from lib.answers import side_file
 from lib.api import estimate
 from lib.reply import Again, CallFailed, decoded
 
@@ -359,7 +360,7 @@ class Batches:
         self.save()
 
     def save(self):
-        write_whole(self.path, json.dumps(self.state, indent=1) + "\n")
+        data.write_atomic(self.path, json.dumps(self.state, indent=1) + "\n")
 
 
 def connect(client):

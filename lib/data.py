@@ -55,6 +55,7 @@ def write_atomic(path, text):
             os.fsync(handle.fileno())
         os.replace(temporary, path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise Stopped(f"{path}: cannot write ({error.strerror})") from None
 
 

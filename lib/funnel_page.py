@@ -6,9 +6,8 @@ The template funnel.html stands beside this file.
 import time
 from pathlib import Path
 
-from lib import page
-from lib.answers import side_file, write_whole
-from lib.data import find_image
+from lib import data, page
+from lib.answers import side_file
 
 KEPT = "kept"
 
@@ -33,7 +32,7 @@ def write(out, rows, stages, limit, made_by):
         "total": len({row["id"] for row in rows}),
     }
     target = side_file(out, ".report.html")
-    write_whole(target, page.fill("funnel.html", block))
+    data.write_atomic(target, page.fill("funnel.html", block))
     print(f"written: {target}, {len(examples)} of {block['total']} examples")
 
 
@@ -44,7 +43,7 @@ def shown_example(rows, out):
     return {
         "id": first["id"],
         "text": first["text"],
-        "image": page.thumbnail(find_image(first["image"], None, out)),
+        "image": page.thumbnail(data.find_image(first["image"], None, out)),
         "gold": first["quintuples"],
         "distinct": len(chains),
         "candidates": [shown_candidate(row) for row in rows],

@@ -87,3 +87,52 @@ def world(tmp_path_factory):
     rows = [{**row, "cot": cot} for _, row in data.read_jsonl(folder / "train.jsonl")]
     data.write_atomic(folder / "sft.jsonl", "".join(map(data.jsonl_line, rows)))
     return folder
+
+
+# -------------------------------------------------------------------------------- runs of 03 and 04
+
+
+@pytest.fixture(scope="module")
+def zygote():
+    """Starts 03 and 04 without importing torch each time."""
+    from tests.zygote import Zygote
+
+    zygote = Zygote()
+    yield zygote
+    zygote.close()
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture(scope="module")
+def inputs(work):
+    """What kill_points trains on."""
+    from tests import kill_points
+
+    return kill_points.make_inputs(work)
+
+
+@pytest.fixture(scope="module")
+def sft(work, inputs, zygote):
+    """An uninterrupted run of 03 → OUT."""
+    from tests import kill_points
+
+    out = work / "sft"
+    answer = zygote.run("03_sft", kill_points.command("03_sft", inputs, out), f"{out}.log")
+    assert answer["code"] == 0, answer["text"]
+    return out
+
+
+@pytest.fixture
+def start(inputs, zygote, sft, tmp_path):
+    """start(script, *more arguments, **what the child meets) → answer; OUT is tmp_path/out."""
+    from tests import kill_points
+
+    def start(script, *more, out=tmp_path / "out", **request):
+        argv = kill_points.command(script, inputs, out, sft / "best") + list(more)
+        return zygote.run(script, argv, tmp_path / "log", **request) | {"out": out}
+
+    return start

@@ -15,7 +15,6 @@ from test_train import trl_loss, weights_of
 import common
 from common import InputError, Stopped
 from lib import data, lora, rollout, served, training, vlm
-from tests.zygote import Zygote
 
 grpo = stage("04_grpo")
 SAME = 0.02  # a random model gives image ids, which are never drawn, a hundredth of the probability
@@ -344,7 +343,7 @@ grpo.reward = lambda sample, *rest: {"reward": len(sample.text) % 7 / 7}
 
 
 @pytest.fixture(scope="module")
-def start(tiny, world, tmp_path_factory):
+def start(tiny, world, zygote, tmp_path_factory):
     """start(url, out, *more arguments, ranks) → {"code", "text"} of 04 from a shaken adapter."""
     folder = tmp_path_factory.mktemp("grpo")
     model, processor = vlm.load(str(tiny("llava")))
@@ -352,7 +351,6 @@ def start(tiny, world, tmp_path_factory):
     shake(model, 1)
     lora.save_adapter(model, processor, folder / "best", lora.Recipe("reason"), "")
     (folder / "reward.py").write_text(REWARD)
-    zygote = Zygote()
 
     def start(url, out, *more, ranks=None):
         argv = ["--adapter", folder / "best", "--model", tiny("llava"), "--data", world / "train.jsonl"]
@@ -366,8 +364,7 @@ def start(tiny, world, tmp_path_factory):
         code, text, _ = run_script("tests/rank_probe.py", folder / "reward.py", "04_grpo", *argv, ranks=ranks)
         return {"code": code, "text": text}
 
-    yield start
-    zygote.close()
+    return start
 
 
 def rows_of(path):

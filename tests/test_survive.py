@@ -17,44 +17,7 @@ import torch
 from common import InputError
 from lib import lora, merge, vlm
 from tests import kill_points
-from tests.zygote import ROOT, Zygote
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("survive")
-
-
-@pytest.fixture(scope="module")
-def inputs(folder):
-    return kill_points.make_inputs(folder)
-
-
-@pytest.fixture(scope="module")
-def zygote():
-    zygote = Zygote()
-    yield zygote
-    zygote.close()
-
-
-@pytest.fixture(scope="module")
-def sft(folder, inputs, zygote):
-    """An uninterrupted run of 03 → OUT."""
-    out = folder / "sft"
-    answer = zygote.run("03_sft", kill_points.command("03_sft", inputs, out), f"{out}.log")
-    assert answer["code"] == 0, answer["text"]
-    return out
-
-
-@pytest.fixture
-def start(folder, inputs, zygote, sft, tmp_path):
-    """start(script, *more arguments, **what the child meets) → answer; OUT is tmp_path/out."""
-
-    def start(script, *more, out=tmp_path / "out", **request):
-        argv = kill_points.command(script, inputs, out, sft / "best") + list(more)
-        return zygote.run(script, argv, tmp_path / "log", **request) | {"out": out}
-
-    return start
+from tests.zygote import ROOT
 
 
 def rows_of(path):
@@ -64,9 +27,9 @@ def rows_of(path):
 # -------------------------------------------------------------------------------- killed, stopped, refused
 
 
-def test_killed_anywhere_bitwise_the_same(folder):
+def test_killed_anywhere_bitwise_the_same(work):
     assert (
-        kill_points.run(folder, points=2, seed=os.getpid()) == 0
+        kill_points.run(work, points=2, seed=os.getpid()) == 0
     )  # other points in each run of the tests; they are printed
 
 

@@ -22,7 +22,6 @@ from trl.rewards import get_soft_overlong_punishment
 
 import common
 from lib import data, lora, training, vlm
-from tests.zygote import Zygote
 
 NAMES = sorted(path.stem for path in (ROOT / "variants").glob("*.diff"))
 OF_04 = [name for name in NAMES if name != "drop_thoughts"]
@@ -288,13 +287,6 @@ def test_masked_picture(variant, tmp_path):
 
 
 # -------------------------------------------------------------------------------- two updates of each
-
-
-@pytest.fixture(scope="module")
-def zygote():
-    zygote = Zygote()
-    yield zygote
-    zygote.close()
 
 
 @pytest.fixture(scope="module")

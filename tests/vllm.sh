@@ -138,7 +138,6 @@ grep -a "waiting for" "$WORK/killed.txt"
 serve "$WORK/llava"
 running grpo-killed 4
 stop
-sed -i 's/PATIENCE = 120/PATIENCE = 2/' "$WORK/reward.py"
 if wait "$RUN"; then echo "the run ended well without its server"; exit 1; else echo "exit $?"; fi
 grep -a "^error" "$WORK/killed.txt"
 serve "$WORK/llava"

@@ -5,7 +5,7 @@ three parts: Image Description, Visual-Text Alignment, Quintuple Reasoning. `--n
 asked for in one request.
 
 Deviations and decisions
-1. The wording of the prompt is ours (common.DISTILL_PROMPT).
+1. The prompt holds what the paper prints in Figure 10; its wording is ours (common.DISTILL_PROMPT).
 2. Sampling parameters are the server's unless given.
 3. A chain without exactly the three parts is `malformed` and never used.
 

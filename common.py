@@ -666,8 +666,11 @@ def score(predictions, golds, metrics=("jmere", "mner", "jmere_undirected")):
         keys = MATCHING[metric]
         tp = pred = gold = 0
         for predicted, wanted in zip(predictions, golds, strict=True):
-            predicted, wanted = keys(predicted), keys(wanted)
-            tp, pred, gold = tp + len(predicted & wanted), pred + len(predicted), gold + len(wanted)
+            predicted = keys(predicted)
+            wanted = keys(wanted)
+            tp += len(predicted & wanted)
+            pred += len(predicted)
+            gold += len(wanted)
         result[metric] = micro(tp, pred, gold)
     return result
 

@@ -79,6 +79,8 @@ def add_arguments(group):
 def connect(args, processor, ranks):
     """The Server of --rollout-url, or None without one."""
     if args.rollout_url:
+        if args.static_cache:
+            raise InputError("--static-cache belongs to responses drawn here: leave it out, or --rollout-url")
         return Server(args.rollout_url, args.model, processor, args.out, ranks)
     args.rollout_cap = None  # settings never lie: nothing is weighted
     return None

@@ -3,7 +3,9 @@ are right for this model at all (SPEC §6, §7)."""
 
 import hashlib
 import json
+import traceback
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -121,13 +123,14 @@ def prove(model, processor, example, args, ranks):
     nats a token.
 
     A family whose decoder needs more than embeddings and positions would otherwise train on wrong log-probs
-    without a word. Raises InputError, on all ranks, with the architecture and the difference.
+    without a word. Raises InputError, on all ranks, with the architecture and the difference, or with what
+    the model cannot take at all.
     """
     base = vlm.base_model(model)
     text = common.PROMPTS[args.prompt].format(text=example.text)
     was_training = model.training
     model.eval()
-    with ranks.together():
+    with ranks.together(), _in_one_line(base):
         ids = processor.tokenizer(PROBE, add_special_tokens=False)["input_ids"]
         [prompt] = vlm.encode(model, processor, [(text, example.image)])
         own = vlm.own_logits(model, processor, text, example.image, ids)  # [C + 1, V]
@@ -146,7 +149,34 @@ def prove(model, processor, example, args, ranks):
         loss = own.amax(1) - own.gather(1, chosen[:, None])[:, 0]  # 0 where ours is the best, too
         _refuse(loss.max().item(), base, "a greedy token by the cache")
     model.train(was_training)
+    kind = base.config.model_type
+    if ranks.main and kind not in vlm.ARCHITECTURES:
+        limit = TOLERANCE[base.dtype]
+        print(
+            f"{kind} is not among the tested families: its log-probs are {difference:.2g} nats off "
+            f"transformers' on one tweet, {limit:g} allowed",
+            flush=True,
+        )
     return difference
+
+
+@contextmanager
+def _in_one_line(base):
+    """Inside, a picture or a pass that the model cannot take ends like one that is off, with the place in the
+    code: the processor or the family is another than lib/vlm.py knows."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        fault = common.first_line(f"{type(error).__name__}: {error}")
+        kind = base.config.model_type
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(frame.filename).name}, line {frame.lineno}"
+        raise InputError(
+            f"{kind}: the first pass ends in {fault} ({place}): the processor does not belong to this {kind} "
+            "model, or lib/vlm.py does not hand it all it needs; take another model"
+        ) from None
 
 
 def _refuse(difference, base, what):

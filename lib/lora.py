@@ -81,7 +81,13 @@ def add_lora(model, rank, alpha, dropout=0.0):
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=TARGETS, task_type="CAUSAL_LM"
     )
     # in the base's own dtype, as DeepSpeed trains it and as 05 loads it: elsewhere the log-probs would differ
-    return check_lora(get_peft_model(model, config, autocast_adapter_dtype=False))
+    try:
+        model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    except ValueError:
+        kind = model.config.model_type
+        layers = LINEAR.replace("|", ", ")
+        raise InputError(f"{kind}: its decoder has none of the layers that get LoRA ({layers})") from None
+    return check_lora(model)
 
 
 def load_adapter(model, folder, trainable=False, name="default"):

@@ -10,11 +10,12 @@ import re
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 TAG = re.compile("|".join(TAGS))
 WELL_FORMED = re.compile(r"\s*<think>(.*)</think>\s*<answer>.*</answer>\s*", re.S)
-THOUGHT_TAG = re.compile(  # as other models spell <think> and </think>
-    r"[<◁]\s*(/?)\s*(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning)\s*[>▷]|\[(/?)THINK\]"
-    r"|<\|(?:begin|(end))_of_thought\|>|<\|channel\|>(?:analysis|(final))(?:<\|message\|>)?",
-    re.I,
-)
+# as other models spell <think> and </think>
+NAME = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning)"
+OPENED = rf"[<◁]\s*{NAME}\s*[>▷]|\[THINK\]|<\|begin_of_thought\|>"
+CLOSED = rf"[<◁]\s*/\s*{NAME}\s*[>▷]|\[/THINK\]|<\|end_of_thought\|>"
+CHANNEL = r"<\|channel\|>(?:analysis|(final))(?:<\|message\|>)?"  # gpt-oss's
+THOUGHT_TAG = re.compile(rf"{OPENED}|({CLOSED})|{CHANNEL}", re.I)
 ANSWER_TAG = re.compile(r"<\s*(/?)\s*answer\s*>", re.I)
 
 

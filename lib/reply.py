@@ -13,6 +13,7 @@ from email.utils import parsedate_to_datetime
 from typing import NamedTuple
 
 from common import Stopped
+from lib.prose import CLOSED, OPENED
 
 TOKENS = ("prompt_tokens", "completion_tokens")  # what a server counts and charges
 
@@ -172,14 +173,8 @@ def _tokens(usage, *names):
 
 # -------------------------------------------------------------------------------- thoughts and refusals
 
-THOUGHTS = re.compile(
-    r"\s*(?:<(think|thinking|thoughts?|reasoning)>.*?(?:</\1>|\Z)|\[think\].*?(?:\[/think\]|\Z)"
-    r"|◁think▷.*?(?:◁/think▷|\Z)|analysis.*?assistantfinal)",
-    re.I | re.S,
-)
-OPENED_BY_TEMPLATE = re.compile(
-    r".*(?:</(?:think|thinking|thoughts?|reasoning)>|\[/think\]|◁/think▷)", re.I | re.S
-)
+THOUGHTS = re.compile(rf"\s*(?:(?:{OPENED}).*?(?:{CLOSED}|\Z)|analysis.*?assistantfinal)", re.I | re.S)
+OPENED_BY_TEMPLATE = re.compile(rf".*(?:{CLOSED})", re.I | re.S)
 FINAL = re.compile(r"<\|channel\|>\s*final[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>")
 MARKS = re.compile(r"<\|(?:start|end|return|message|channel|im_end|eot_id)\|>(?:assistant)?")
 

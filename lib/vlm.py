@@ -34,7 +34,7 @@ from lib import data
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
 # tested; others must prove themselves
-ARCHITECTURES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "llava", "llava_next")
+ARCHITECTURES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "llava", "llava_next", "llava_onevision")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SHARED_PREFIX = "shared_prefix"  # our attention, by the name that transformers knows it under
 MAX_PIXELS = 1024 * 28 * 28  # of an image: a phone photograph costs Qwen2.5-VL about a thousand tokens
@@ -43,37 +43,41 @@ MAX_PIXELS = 1024 * 28 * 28  # of an image: a phone photograph costs Qwen2.5-VL 
 
 
 def load(name, dtype=torch.float32, device="cpu", processor=None):
-    """(model, processor) of a checkpoint of one of ARCHITECTURES, a hub name or a folder; the model frozen,
-    in eval mode.
+    """(model, processor) of a checkpoint, a hub name or a folder; the model frozen, in eval mode. Other
+    families than ARCHITECTURES are let in if they have the same parts; checks.prove sees whether those fit.
 
     processor: one loaded before, else the checkpoint's own with its own pixels. Raises InputError.
     """
-    read_config(name)
+    config = read_config(name)
+    if getattr(config, "quantization_config", None):  # sampling folds LoRA into the weights, as merging does
+        raise InputError(f"--model {name}: its weights are quantized: take the model they were made from")
     processor = processor or load_processor(name)
     where = {"device_map": device} if torch.device(device).type == "cuda" else {}  # straight to the GPU
     try:
         model = AutoModelForImageTextToText.from_pretrained(
             name, dtype=dtype, attn_implementation="sdpa", **where
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise InputError(f"--model {name}: cannot load ({common.first_line(error)})") from None
     inner = getattr(model, "model", None)
-    if not (
-        hasattr(inner, "language_model")
-        and hasattr(inner, "get_image_features")
-        and hasattr(model, "lm_head")
-    ):
+    parts = {
+        "model.language_model": hasattr(inner, "language_model"),
+        "model.get_image_features": hasattr(inner, "get_image_features"),
+        "lm_head": hasattr(model, "lm_head"),
+    }
+    lacking = ", ".join(part for part, there in parts.items() if not there)
+    if lacking:
         kind = model.config.model_type
         known = ", ".join(ARCHITECTURES)
-        raise InputError(f"--model {name}: a {kind} is not built as the families that work ({known})")
+        raise InputError(f"--model {name}: {kind} has no {lacking}: take a model of {known}")
     # the decoder alone, not the vision tower
     inner.language_model.config._attn_implementation = SHARED_PREFIX
     return model.requires_grad_(False).eval(), processor
 
 
 def read_config(name):
-    """The checkpoint's configuration. Raises InputError where there is none, or it is of another
-    architecture."""
+    """The checkpoint's configuration. Raises InputError where there is none, or it is of a model without
+    images."""
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -90,13 +94,19 @@ def load_processor(name, min_pixels=None, max_pixels=None):
     """The checkpoint's processor, images limited to so many pixels. Raises InputError.
 
     Where the family scales images (Qwen), max_pixels None is the processor's own, at most MAX_PIXELS.
-    LLaVA-1.5 makes one square of every image: its pixels cannot be chosen.
+    LLaVA-1.5 makes one square of every image, its successors tiles: their pixels cannot be chosen.
     """
     kind = read_config(name).model_type
     try:
         processor = _processor(name, kind)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise InputError(f"--model {name}: cannot load its processor ({common.first_line(error)})") from None
+    if not hasattr(processor, "_get_num_multimodal_tokens"):
+        known = ", ".join(ARCHITECTURES)
+        raise InputError(
+            f"--model {name}: the processor of {kind} does not tell how many tokens an image takes: take a "
+            f"model of {known}"
+        )
     if not getattr(processor, "chat_template", None):
         raise InputError(
             f"--model {name}: its processor has no chat template: take the instruction-tuned model"
@@ -105,7 +115,7 @@ def load_processor(name, min_pixels=None, max_pixels=None):
     if "qwen" not in kind:
         if min_pixels or max_pixels:
             raise InputError(
-                f"--max-pixels, --min-pixels: {name} ({kind}) takes images of one size: leave them out"
+                f"--max-pixels, --min-pixels: {name} ({kind}) takes images of its own sizes: leave them out"
             )
         return processor
     # of these two names, which mean areas here, it makes its limits
@@ -118,23 +128,17 @@ def load_processor(name, min_pixels=None, max_pixels=None):
 
 
 def _processor(name, kind):
-    """AutoProcessor. Without torchvision (a CPU machine) it cannot build Qwen's, whose video part needs it:
-    leave that out."""
-    if is_torchvision_available() or "qwen" not in kind:
-        return AutoProcessor.from_pretrained(name)
-    from transformers import AutoImageProcessor, AutoTokenizer
-
-    class_name = PROCESSOR_MAPPING_NAMES[kind]
+    """AutoProcessor. Without torchvision (a CPU machine) it cannot build those that read videos too: leave
+    that part out."""
+    class_name = PROCESSOR_MAPPING_NAMES.get(kind, "")
     whole = processor_class_from_name(class_name)
-
-    def without_videos(self, image_processor=None, tokenizer=None, chat_template=None):
-        whole.__init__(self, image_processor, tokenizer, None, chat_template=chat_template)
-
+    parts = whole.get_attributes() if whole else []
+    if is_torchvision_available() or "video_processor" not in parts:
+        return AutoProcessor.from_pretrained(name)
+    parts.remove("video_processor")
     # the parent's name, because it is written into saved files
-    images_only = type(class_name, (whole,), {"__init__": without_videos})
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    images = AutoImageProcessor.from_pretrained(name)
-    return images_only(images, tokenizer, chat_template=tokenizer.chat_template)
+    images_only = type(class_name, (whole,), {"get_attributes": staticmethod(lambda: list(parts))})
+    return images_only.from_pretrained(name)
 
 
 def weights_digest(name):
@@ -166,6 +170,11 @@ def _attention(module, query, key, value, attention_mask, layout=None, **kwargs)
     """The decoder's attention: sdpa, unless the caller hands in a layout (rollout's Packed or Decoding)."""
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if window := kwargs.get("sliding_window"):  # short rows would pass the proof at the start
+        kind = module.config.model_type
+        raise InputError(
+            f"{kind}: its layers look back {window} tokens, ours all the way: take another model"
+        )
     return layout(module.layer_idx, query, key, value).transpose(1, 2).contiguous(), None
 
 
@@ -208,7 +217,8 @@ def encode(model, processor, items):
         place = ids == base.config.image_token_id
         if place.sum() != len(features):
             found = f"{int(place.sum())} image tokens in the prompt, {len(features)} image features"
-            raise InputError(f"{image}: {found}: the processor does not belong to this model")
+            kind = base.config.model_type
+            raise InputError(f"{image}: {found}: the processor does not belong to this {kind} model")
         embeds = base.model.get_input_embeddings()(ids)
         embeds = embeds.masked_scatter(place[..., None], features.to(embeds.dtype))
         prompt = Prompt(embeds[0], _positions(base, inputs))
@@ -328,8 +338,9 @@ def own_logits(model, processor, text, image, ids):
     response = torch.tensor([ids], device=inputs["input_ids"].device)
     inputs["input_ids"] = torch.cat([inputs["input_ids"], response], 1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    if "mm_token_type_ids" in inputs:  # omitted, or not as long, the logits differ without any error
-        inputs["mm_token_type_ids"] = pad(inputs["mm_token_type_ids"], (0, len(ids)))
+    for name in ("mm_token_type_ids", "token_type_ids"):
+        if name in inputs:  # omitted, or not as long, the logits differ without any error
+            inputs[name] = pad(inputs[name], (0, len(ids)))
     inputs["pixel_values"] = inputs["pixel_values"].to(base.dtype)
     return model(**inputs).logits[0, size - 1 :].float()
 

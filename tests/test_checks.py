@@ -116,7 +116,7 @@ def test_pixels_are_limited_and_follow_the_adapter(tiny, world, tmp_path):
     args.min_pixels = args.max_pixels = None
     lora.resolve_start(args)
     assert (args.model, args.prompt, args.max_pixels) == (str(qwen), "direct", 8000)
-    with pytest.raises(InputError, match="takes images of one size"):
+    with pytest.raises(InputError, match="takes images of its own sizes"):
         vlm.load_processor(str(llava), max_pixels=1000)
 
 

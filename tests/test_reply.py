@@ -146,6 +146,8 @@ def test_what_is_no_completion(junk):
         "a\nb</think>fine",
         "[THINK]a[/THINK]fine",
         "◁think▷a◁/think▷fine",
+        "<seed:think>a</seed:think>fine",
+        "<|begin_of_thought|>a<|end_of_thought|>fine",
         "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>fine<|return|>",
         "<|channel|>final <|constrain|>json<|message|>fine",
         "analysisThe user asksassistantfinalfine",

@@ -168,7 +168,10 @@ def parse_args(argv=None):
         "--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on a GPU [ours]"
     )
     group.add_argument(
-        "--batch-rows", type=at_least(1), default=64, help="responses decoded together [ours: fits 80 GB]"
+        "--batch-rows",
+        type=at_least(1),
+        default=64,
+        help="responses decoded together, or asked for at once of --rollout-url [ours: fits 80 GB]",
     )
     group.add_argument(
         "--rollout-url",

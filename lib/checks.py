@@ -24,7 +24,7 @@ def usable_splits(train, val, processor, dtype, args, ranks, server=None):
     train, train_digest = usable(train, processor, args, ranks, server)
     content = {"dtype": str(dtype), "training data": train_digest}
     if val:
-        val, content["validation data"] = usable(val, processor, args, ranks)
+        val, content["validation data"] = usable(val, processor, args, ranks, server)
     with ranks.together():
         content["base model"] = vlm.weights_digest(args.model)
         if getattr(args, "adapter", None):

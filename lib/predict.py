@@ -139,6 +139,7 @@ def answering(args, processor, server, first, ranks, dtype):
             if args.adapter:
                 server.publish(args.adapter)
             yield lambda items, keys, rows: (server.sample(items, *drawing, keys=keys), rows)
+            ranks.barrier()  # KEEP: closing unloads the adapter, which other ranks may still ask
         return
     model = load_model(args, processor, first, ranks, dtype)
 
@@ -165,6 +166,9 @@ def generate(args, ranks, shown, stored, known, settings):
     mine = sorted(todo, key=prompt_size, reverse=True)[ranks.rank :: ranks.world]
     path = Path(args.out) / f"predictions.rank{ranks.rank}.jsonl"
     template = common.PROMPTS[args.prompt]
+    made_by = source(args)
+    if server:
+        made_by["server"] = server.root
     rows = args.batch_rows  # responses at once; fewer where a GPU has no room for them
     hidden = None if ranks.main else True
     done = 0
@@ -182,7 +186,7 @@ def generate(args, ranks, shown, stored, known, settings):
             for example, samples in zip(batch, groups, strict=True):
                 row = data.to_row(known[example.id], path)
                 row |= {"prompt": args.prompt, "responses": [stored_response(sample) for sample in samples]}
-                row |= {"settings": settings, "source": source(args), "key": example.id, "usage": None}
+                row |= {"settings": settings, "source": made_by, "key": example.id, "usage": None}
                 file.append([row])
             done += len(batch)
             bar.update(len(batch))

@@ -9,7 +9,8 @@ waited out. Knows no reward, no loss.
     server does not see OUT                    asked again for LAG seconds (file systems lag), then exit 2
     other model, chat template, image size     exit 2: the prompt's token ids are not ours; also probed at the
                                                start, with a picture that is too large and one too small
-    other weights, other arithmetic            04 stops where log-probs differ by LARGEST_GAP in the mean
+    other weights, other arithmetic            04 stops where log-probs differ by LARGEST_GAP in the mean; 05
+                                               cannot see it, and stores what the server says it serves
     raw log-probs, no logit_bias               exit 2 at the start: a probe's only possible token has
                                                log-prob 0
     context too short                          exit 2 at the start: every prompt is compared with the server's
@@ -112,12 +113,15 @@ class Server:
         if base is None:
             raise InputError(f"--rollout-url {url}: a server, but not vLLM's: it tells no max_model_len")
         self.base = base["id"]
+        self.root = base["root"]  # the name or folder that it was started with
         self.positions = base["max_model_len"]  # of prompt and response
         if ranks.main:
-            print(f"responses by vLLM at {self.url}, serving {base['root']}", flush=True)
+            print(f"responses by vLLM at {self.url}, serving {self.root}", flush=True)
 
-    def _call(self, path, body=None, parse=str, outages=OUTAGES):
-        """The answer, parsed; an outage is waited out. Raises Refused, and Stopped after PATIENCE."""
+    def _call(self, path, body=None, parse=str, outages=OUTAGES, patience=None):
+        """The answer, parsed; an outage is waited out. Raises Refused, and Stopped after `patience` seconds
+        (PATIENCE)."""
+        patience = PATIENCE if patience is None else patience
         content = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, content, self.headers)
         since = None  # when it began to fail
@@ -135,9 +139,9 @@ class Server:
             except (OSError, http.client.HTTPException, ValueError) as error:
                 fault = common.first_line(error) or type(error).__name__
             since = since or time.monotonic()
-            if time.monotonic() - since > PATIENCE:
+            if time.monotonic() - since >= patience:
                 advice = "start the server again; then the same command goes on"
-                raise Stopped(f"{self.url}: {fault}, for {PATIENCE / 60:.0f} minutes: {advice}")
+                raise Stopped(f"{self.url}: {fault}, for {patience / 60:.0f} minutes: {advice}")
             if not self.away and self.ranks.main:
                 print(f"waiting for {self.url} ({fault})", flush=True)
             self.away = True
@@ -157,7 +161,8 @@ class Server:
                     self._tidy()
                 write(adapter, folder)
                 self._load(name)
-                self.close()
+                if self.adapter:
+                    self._drop(self.adapter)
         self.adapter = self.ranks.gather(name)[0]
 
     def _tidy(self):
@@ -168,9 +173,10 @@ class Server:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def close(self):
-        """Unload and delete the last adapter. Raises InputError, Stopped."""
+        """Delete and unload the last adapter; a server that is away is not waited for."""
         if self.ranks.main and self.adapter:
-            self._drop(self.adapter)
+            with suppress(Stopped):
+                self._drop(self.adapter, patience=0)
 
     def _load(self, name):
         folder = self.folder / name
@@ -194,12 +200,12 @@ class Server:
             fault = "start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
         raise InputError(f"--rollout-url {self.url} takes no adapter: {fault}")
 
-    def _drop(self, name):
-        with suppress(Refused):  # not known there: the server was started again
-            self._call("/v1/unload_lora_adapter", {"lora_name": name})
+    def _drop(self, name, patience=None):
         shutil.rmtree(self.folder / name, ignore_errors=True)
         with suppress(OSError):  # others are in it
             self.folder.rmdir()
+        with suppress(Refused):  # not known there: the server was started again
+            self._call("/v1/unload_lora_adapter", {"lora_name": name}, patience=patience)
 
     # ---------------------------------------------------------------- responses
 
@@ -213,7 +219,10 @@ class Server:
             jobs = []
             for item, key in zip(items, keys or range(len(items)), strict=True):
                 jobs.append(pool.submit(self._ask, item, drawing | {"seed": seed_of(key)}))
-            return [job.result() for job in jobs]
+            try:
+                return [job.result() for job in jobs]
+            finally:
+                pool.shutdown(cancel_futures=True)  # after a fault the others are not asked any more
 
     def _ask(self, item, drawing, bias=None):
         """n Sample of one item; bias: {token id: what is added to its logit}."""
@@ -238,7 +247,9 @@ class Server:
 
     def _samples(self, reply, image, prompt_ids, drawing):
         """The n Sample of a reply. Raises InputError where it is no answer to what was asked."""
-        found = reply.get("prompt_token_ids") or []
+        found = reply.get("prompt_token_ids")
+        if not found:
+            raise InputError(f"--rollout-url {self.url}: tells no token ids: take a newer vLLM (tried: 0.32)")
         if found != prompt_ids:
             limits = pixel_limits(self.processor)
             option = f", --mm-processor-kwargs '{json.dumps(limits)}'" if limits else ""

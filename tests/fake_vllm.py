@@ -36,6 +36,7 @@ class FakeVLLM:
         self.key = key
         self.shift = 0.0
         self.lies = lambda reply: reply
+        self.before = lambda body: None  # called with each chat request, while others go on
         self.asked = []
         self.loads = []
         self.sees = True  # the folders of the other side
@@ -58,8 +59,9 @@ class FakeVLLM:
 
             def answer(self, body):
                 fault = None
-                if self.path == "/v1/chat/completions" and fake.faults:
-                    fault = fake.faults.pop(0)
+                if self.path == "/v1/chat/completions":
+                    fake.before(body)
+                    fault = fake.faults.pop(0) if fake.faults else None
                 if fault == "reset":
                     self.connection.close()
                     return

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import shutil
+import time
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from test_train import trl_loss, weights_of
 
 import common
 from common import InputError, Stopped
-from lib import data, lora, rollout, served, training, vlm
+from lib import data, lora, predict, rollout, served, training, vlm
 
 grpo = stage("04_grpo")
 SAME = 0.02  # a random model gives image ids, which are never drawn, a hundredth of the probability
@@ -190,6 +191,20 @@ def test_a_server_that_stays_away_stops_the_run(fake, server, policy, monkeypatc
         server.sample(policy[3], 1, 4, 0.0)
 
 
+def test_a_server_that_stays_away_is_waited_for_once(fake, server, policy, monkeypatch):
+    """Not again by each request that stood in the queue, nor to unload what it has forgotten."""
+    monkeypatch.setattr(served, "PATIENCE", 1)
+    monkeypatch.setattr(served, "IN_FLIGHT", 1)
+    server.publish(policy[1])
+    fake.__exit__()
+    began = time.monotonic()
+    with pytest.raises(Stopped):
+        server.sample(policy[3] * 4, 1, 4, 0.0)
+    server.close()
+    assert time.monotonic() - began < 4
+    assert not server.folder.exists()
+
+
 def test_a_restarted_server_gets_the_adapter_again(fake, server, policy):
     _, model, processor, items = policy
     server.publish(model)
@@ -235,7 +250,7 @@ def test_options_that_the_server_lacks(fake, server, policy, monkeypatch):
     ("words", "lie"),
     [
         ("tokens at http", lambda reply: reply["prompt_token_ids"].pop(0)),
-        ("tokens at http", lambda reply: reply.pop("prompt_token_ids")),
+        ("tells no token ids", lambda reply: reply.pop("prompt_token_ids")),
         ("gave 1 of 2 responses", lambda reply: len(reply["choices"]) > 1 and reply["choices"].pop()),
         ("without stop id or --max-new-tokens", lambda reply: cut(reply["choices"][0])),
         ("drew an image token", lambda reply: reply["choices"][0].update(token_ids=IMAGE)),
@@ -245,7 +260,7 @@ def test_answers_that_are_none(fake, server, policy, words, lie):
     IMAGE[:] = [server.banned[0]] * 6
 
     def lies(reply):
-        if len(reply["choices"]) > 1 or "tokens" in words:
+        if len(reply["choices"]) > 1 or words.startswith("t"):  # told of the prompt
             lie(reply)
         return reply
 
@@ -344,7 +359,7 @@ grpo.reward = lambda sample, *rest: {"reward": len(sample.text) % 7 / 7}
 
 @pytest.fixture(scope="module")
 def start(tiny, world, zygote, tmp_path_factory):
-    """start(url, out, *more arguments, ranks) → {"code", "text"} of 04 from a shaken adapter."""
+    """start(url, out, *more arguments, ranks, patch) → {"code", "text"} of 04 from a shaken adapter."""
     folder = tmp_path_factory.mktemp("grpo")
     model, processor = vlm.load(str(tiny("llava")))
     model = lora.add_lora(model, 4, 8)
@@ -352,7 +367,7 @@ def start(tiny, world, zygote, tmp_path_factory):
     lora.save_adapter(model, processor, folder / "best", lora.Recipe("reason"), "")
     (folder / "reward.py").write_text(REWARD)
 
-    def start(url, out, *more, ranks=None):
+    def start(url, out, *more, ranks=None, patch=""):
         argv = ["--adapter", folder / "best", "--model", tiny("llava"), "--data", world / "train.jsonl"]
         argv += [] if "--val" in more else ["--no-val"]
         argv += ["--group-size", 3, "--limit", 8, "--epochs", 1.5, "--max-new-tokens", 8]
@@ -360,7 +375,7 @@ def start(tiny, world, zygote, tmp_path_factory):
         if url:
             argv += ["--rollout-url", url]
         if ranks is None:
-            return zygote.run("04_grpo", argv, folder / "log", patch=REWARD)
+            return zygote.run("04_grpo", argv, folder / "log", patch=REWARD + patch)
         code, text, _ = run_script("tests/rank_probe.py", folder / "reward.py", "04_grpo", *argv, ranks=ranks)
         return {"code": code, "text": text}
 
@@ -439,6 +454,26 @@ def test_05_stores_the_same_answers(policy, world, tmp_path, adapted):
     assert there[0]["settings"]["dtype"] == "vllm"  # not to be mixed with ours
 
 
+def test_05_unloads_only_when_all_ranks_have_their_answers(policy, world, tmp_path):
+    folder, model, processor, _ = policy
+    lora.save_adapter(model, processor, tmp_path / "best", lora.Recipe("reason"), "")
+    examples = data.load_examples(world / "test.jsonl")[:2]
+    last = sorted(examples, key=predict.prompt_size, reverse=True)[1]  # rank 1's only tweet
+
+    def before(body):
+        if body["max_tokens"] == 8 and last.text in body["messages"][0]["content"][1]["text"]:
+            time.sleep(3)
+
+    command = ["05_eval.py", "--adapter", tmp_path / "best", "--data", world / "test.jsonl", "--limit", 2]
+    command += ["--model", folder, "--max-new-tokens", 8, "--no-report", "--out", tmp_path / "out"]
+    with FakeVLLM(folder) as fake:
+        fake.before = before
+        run_script(*command, "--rollout-url", fake.url, ranks=2)
+        assert len(fake.loads) == 1 and not fake.loaded
+    rows = rows_of(tmp_path / "out" / "predictions.jsonl")
+    assert len(rows) == 2 and {row["source"]["server"] for row in rows} == {"/base"}
+
+
 def test_grpo_stops_where_log_probs_are_not_its_own(start, tiny, tmp_path):
     out = tmp_path / "out"
     with FakeVLLM(tiny("llava")) as fake:
@@ -463,8 +498,62 @@ def test_grpo_goes_on_with_another_server_and_not_without_one(start, tiny, tmp_p
     assert answer["code"] == 2 and "rollout_cap 2.0 → None" in error_of(answer)
 
 
-def test_prompts_too_long_for_the_server_are_found_at_the_start(start, tiny, tmp_path):
-    with FakeVLLM(tiny("llava"), positions=100) as fake:
-        answer = start(fake.url, tmp_path / "out")
+@pytest.mark.parametrize("longest", ["train", "val"])
+def test_prompts_too_long_for_the_server_are_found_at_the_start(start, tiny, world, tmp_path, longest):
+    positions = 100
+    more = []
+    if longest == "val":
+        row = rows_of(world / "val.jsonl")[0]
+        row |= {"text": "word " * 800, "image": f"{world}/{row['image']}"}
+        data.write_atomic(tmp_path / "val.jsonl", data.jsonl_line(row))
+        positions = 700
+        more = ["--val", tmp_path / "val.jsonl"]
+    with FakeVLLM(tiny("llava"), positions=positions) as fake:
+        answer = start(fake.url, tmp_path / "out", *more)
         assert answer["code"] == 2 and not fake.asked
-        assert "--max-new-tokens leaves it 92 positions" in error_of(answer)
+        assert f"--max-new-tokens leaves it {positions - 8} positions" in error_of(answer)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("runtime", False, "start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"),
+        ("rank", 2, "LoRA rank 4 is greater than max_lora_rank 2"),
+        ("sees", False, "--out must be on storage that both see"),
+        ("raw", True, "start it with --logprobs-mode processed_logprobs"),
+        ("lies", lambda reply: reply | {"prompt_token_ids": [1, 2]}, "start it with this --model, without"),
+    ],
+)
+def test_what_the_server_lacks_ends_grpo_in_one_line(start, tiny, tmp_path, option, value, words):
+    with FakeVLLM(tiny("llava")) as fake:
+        setattr(fake, option, value)
+        answer = start(fake.url, tmp_path / "out", patch="from lib import served\nserved.LAG = 0.2\n")
+    assert answer["code"] == 2 and words in error_of(answer)
+    assert "Traceback" not in answer["text"]
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_grpo_lives_on_through_a_restart_and_stops_where_the_server_stays_away(start, tiny, tmp_path):
+    out = tmp_path / "out"
+    seeds = set()  # of prompts that were asked for; four a step
+    happens = {3: lambda: fake.restart(), 11: lambda: fake.faults.extend(["503"] * 10_000)}
+
+    def before(body):
+        if body["max_tokens"] == 8:
+            seeds.add(body["seed"])
+            happens.pop(len(seeds), lambda: None)()
+
+    with FakeVLLM(tiny("llava")) as fake:
+        fake.before = before
+        patch = "from lib import served\nserved.PATIENCE = 1\n"
+        answer = start(fake.url, out, "--batch-size", 4, "--save-every", 1, patch=patch)
+        assert answer["code"] == 3 and "then the same command goes on" in error_of(answer)
+        assert "Traceback" not in answer["text"]
+        assert [row["step"] for row in rows_of(out / "metrics.jsonl")] == [1, 2]
+        fake.faults.clear()
+        answer = start(fake.url, out, "--batch-size", 4, "--save-every", 1)
+        assert answer["code"] == 0, answer["text"]
+    rows = rows_of(out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert max(row["sampling_gap"] for row in rows) < SAME
+    assert not fake.loaded and not (out / "served").exists()

@@ -2,9 +2,13 @@
 
 python -m tests.vllm_probe make FOLDER ARCH      # FOLDER/ARCH to serve, FOLDER/ARCH-adapter
 python -m tests.vllm_probe compare FOLDER ARCH URL
+python -m tests.vllm_probe same OUT OUT           # two runs of 05, greedy: the same answers and scores
+python -m tests.vllm_probe table OUT OUT          # two runs of 04, the second one's responses by the server
 """
 
+import json
 import shutil
+import statistics
 import sys
 from pathlib import Path
 
@@ -15,6 +19,7 @@ from lib import data, lora, merge, rollout, served, training, vlm
 
 ALONE = training.Ranks(0, 1, torch.device("cpu"))
 LIMIT = 1e-3  # nats: fp32 on both sides
+PIXELS = {"qwen2_5_vl": (6272, 12544), "llava": (None, None)}  # as vllm.sh tells them to the server
 
 
 def shake(model, seed, scale):
@@ -37,12 +42,14 @@ def make(folder, arch):
     torch.manual_seed(0)  # of LoRA's A: not every adapter changes a greedy answer
     model = lora.add_lora(model, 8, 16)
     shake(model, 0, 0.05)
-    lora.save_adapter(model, processor, folder / f"{arch}-adapter", lora.Recipe("reason"), "")
+    recipe = lora.Recipe("reason", *PIXELS[arch])
+    lora.save_adapter(model, processor, folder / f"{arch}-adapter", recipe, "")
 
 
 def compare(folder, arch, url):
     """Raises AssertionError where the server is not what our sampler is."""
-    model, processor = vlm.load(base_of(arch))
+    processor = vlm.load_processor(base_of(arch), *PIXELS[arch])
+    model, _ = vlm.load(base_of(arch), processor=processor)
     model = lora.load_adapter(model, str(folder / f"{arch}-adapter"), trainable=True).eval()
     examples = data.load_examples(folder / "world" / "train.jsonl")
     items = []
@@ -116,7 +123,48 @@ def reused(model, processor, items, server):
     return gap(model, processor, items, server, 1.0)
 
 
+def same(one, other):
+    """Raises AssertionError where two runs of 05 stored other answers, or score otherwise."""
+    other = Path(other)
+    answers = []
+    scores = []
+    for out in (one, other):
+        rows = [row for _, row in data.read_jsonl(out / "predictions.jsonl")]
+        found = []
+        for row in rows:
+            for part in row["responses"]:
+                # LLaVA's tokenizer begins a word with a space, which the server leaves where it is read as text
+                found.append((row["id"], part["text"].strip(), part["finished"]))
+        answers.append(sorted(found))
+        scores.append(json.loads((out / "metrics.json").read_text())["scores"])
+    equal = sum(map(tuple.__eq__, *answers))
+    shown = f"F1 {scores[1]['jmere']['f1']:.4f}, {scores[0]['jmere']['f1']:.4f}"
+    print(f"  {other.name}: {equal} of {len(answers[0])} answers equal {one.name}'s, {shown}")
+    assert answers[0] == answers[1]
+    assert scores[0] == scores[1]
+
+
+def table(here, there):
+    """Metrics of two runs of 04 side by side, as a table in Markdown."""
+    runs = []
+    for out in (here, Path(there)):
+        runs.append([row for _, row in data.read_jsonl(out / "metrics.jsonl")])
+    columns = {"reward": ".3f", "kl": ".1e", "sampling_gap": ".1e", "sampling_seconds": ".1f"}
+    names = [f"{name} {where}" for name in columns for where in ("here", "there")]
+    print("| step |", " | ".join([*names, "weight"]), "|")
+    print("|---" * (len(names) + 2) + "|")
+    steps = len(runs[0])
+    parts = {f"{step}": slice(step - 1, step) for step in (1, 5, 10, 15, 20) if step <= steps}
+    for label, part in (parts | {"mean": slice(None)}).items():
+        cells = []
+        for name, form in columns.items():
+            for rows in runs:
+                cells.append(format(statistics.mean(row[name] for row in rows[part]), form))
+        weight = statistics.mean(row["rollout_weight"] for row in runs[1][part])
+        print("|", " | ".join([label, *cells, f"{weight:.6f}"]), "|")
+
+
 if __name__ == "__main__":
     command, work, *words = sys.argv[1:]
-    commands = {"make": make, "compare": compare}
+    commands = {"make": make, "compare": compare, "same": same, "table": table}
     commands[command](Path(work), *words)

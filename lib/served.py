@@ -137,7 +137,7 @@ class Server:
                 if error.code not in outages:
                     raise Refused(self.url, error.code, fault) from None
             except (OSError, http.client.HTTPException, ValueError) as error:
-                fault = common.first_line(error) or type(error).__name__
+                fault = common.first_line(getattr(error, "reason", error)) or type(error).__name__
             since = since or time.monotonic()
             if time.monotonic() - since >= patience:
                 advice = "start the server again; then the same command goes on"
@@ -196,8 +196,11 @@ class Server:
             time.sleep(1)
         if "No adapter found" in fault:
             fault = f"it does not see {folder}: --out must be on storage that both see, under one path"
-        if fault == "Not Found":
+        if fault == "Not Found" or "LoRA is not enabled" in fault:
             fault = "start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
+        if "max_lora_rank" in fault:
+            rank = json.loads((folder / "adapter_config.json").read_text())["r"]
+            fault = f"start it with --max-lora-rank {rank}, or the next that it has"
         raise InputError(f"--rollout-url {self.url} takes no adapter: {fault}")
 
     def _drop(self, name, patience=None):

@@ -124,7 +124,8 @@ class FakeVLLM:
             return refusal(404, f"Loading lora {name} failed: No adapter found for {folder}")
         rank = json.loads(Path(folder, "adapter_config.json").read_text())["r"]
         if rank > self.rank:
-            return refusal(500, f"LoRA rank {rank} is greater than max_lora_rank {self.rank}.")
+            words = f"'LoRA rank {rank} is greater than max_lora_rank {self.rank}.'"
+            return refusal(500, f"Call to add_lora method failed: Worker failed with error {words}, please …")
         weights = self.first.get(name) or self.first.get(folder)
         if weights is None:
             weights = f"weights{len(self.loads)}"

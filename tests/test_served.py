@@ -237,7 +237,7 @@ def test_options_that_the_server_lacks(fake, server, policy, monkeypatch):
     assert "start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING" in refused(server, policy)
     fake.runtime = True
     fake.rank = 2
-    assert "LoRA rank 4 is greater than max_lora_rank 2" in refused(server, policy)
+    assert "start it with --max-lora-rank 4" in refused(server, policy)
     fake.rank = 32
     fake.sees = False
     assert "--out must be on storage that both see" in refused(server, policy)
@@ -518,7 +518,7 @@ def test_prompts_too_long_for_the_server_are_found_at_the_start(start, tiny, wor
     ("option", "value", "words"),
     [
         ("runtime", False, "start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"),
-        ("rank", 2, "LoRA rank 4 is greater than max_lora_rank 2"),
+        ("rank", 2, "start it with --max-lora-rank 4"),
         ("sees", False, "--out must be on storage that both see"),
         ("raw", True, "start it with --logprobs-mode processed_logprobs"),
         ("lies", lambda reply: reply | {"prompt_token_ids": [1, 2]}, "start it with this --model, without"),

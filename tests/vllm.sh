@@ -2,8 +2,8 @@
 # A real vLLM on this CPU with the shipped tiny models: what lib/served.py and its fake take for granted is
 # seen here.
 #
-#   bash tests/vllm.sh [FOLDER]     # default runs/vllm; about a quarter of an hour on two cores
-#   DEMO=runs/demo-llava bash tests/vllm.sh      # and 20 steps of the demo's 04, drawn here and by the server
+#   bash tests/vllm.sh [FOLDER]     # default runs/vllm; 17 minutes on two busy cores
+#   DEMO=runs/demo-llava bash tests/vllm.sh      # and 8 more: 20 steps of 04, drawn here and there
 #
 # DEMO       folder of `bash demo/run.sh`, which is read only
 # VLLM_ENV   virtual environment of the server, made where it is not there (default runs/vllm-env; 3.5 GB):

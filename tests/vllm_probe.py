@@ -133,7 +133,7 @@ def same(one, other):
         found = []
         for row in rows:
             for part in row["responses"]:
-                # LLaVA's tokenizer begins a word with a space, which the server leaves where it is read as text
+                # LLaVA's tokenizer begins a word with a space, which the server's text keeps
                 found.append((row["id"], part["text"].strip(), part["finished"]))
         answers.append(sorted(found))
         scores.append(json.loads((out / "metrics.json").read_text())["scores"])

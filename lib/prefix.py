@@ -33,25 +33,19 @@ class Packed:
         """query [1, H, L, d], key and value [1, Hkv, L, d] → [1, H, L, d]."""
         if self.kept is not None:
             self.kept.append((key, value))
+        sizes = [length for size, lengths in self.groups for length in (size, *lengths)]
+        # one split, whose gradient is one cat: that of a slice is as large as the row
+        pieces = zip(*(x.split(sizes, 2) for x in (query, key, value)), strict=True)
         outputs = []
-        start = 0
-        for size, lengths in self.groups:
-            end = start + size
-            prefix = slice(start, end)
-            q = query[:, :, prefix]
-            prefix_key = key[:, :, prefix]
-            prefix_value = value[:, :, prefix]
+        for _, lengths in self.groups:
+            q, prefix_key, prefix_value = next(pieces)
             out = scaled_dot_product_attention(q, prefix_key, prefix_value, is_causal=True, enable_gqa=True)
             outputs.append(out)
-            for length in lengths:
-                start = end
-                end = start + length
-                own = slice(start, end)
-                k = torch.cat([prefix_key, key[:, :, own]], 2)  # [1, Hkv, P + C, d]
-                v = torch.cat([prefix_value, value[:, :, own]], 2)
-                out = self._response(query[:, :, own], k, v)
-                outputs.append(out)  # [1, H, C, d]
-            start = end
+            for _ in lengths:
+                q, own_key, own_value = next(pieces)
+                k = torch.cat([prefix_key, own_key], 2)  # [1, Hkv, P + C, d]
+                v = torch.cat([prefix_value, own_value], 2)
+                outputs.append(self._response(q, k, v))  # [1, H, C, d]
         return torch.cat(outputs, 2)
 
     def _response(self, query, key, value):
@@ -215,23 +209,26 @@ def _by_prompt(x, sizes):
     return pad_sequence(parts, batch_first=True).transpose(1, 2)
 
 
-def decoder(base, inputs, layout):
+def decoder(base, inputs, layout, wanted=None):
     """vlm.decoder_inputs or vlm.token_inputs of N rows → last hidden state [N, L, D] under a layout's
-    attention."""
+    attention; of the places `wanted` [T] alone, [N, T, D]."""
     language_model = base.model.language_model
     known = language_model.config._attn_implementation == vlm.SHARED_PREFIX
     assert known, "the layout would be ignored: load the model with vlm.load"
     # with four dimensions transformers builds no mask of its own
     unused = inputs["inputs_embeds"].new_zeros(1, 1, 1, 1)
     outputs = language_model(**inputs, attention_mask=unused, use_cache=False, layout=layout)
-    return outputs.last_hidden_state
+    hidden = outputs.last_hidden_state
+    return hidden if wanted is None else hidden[:, wanted]
 
 
-def token(base, cache, tokens, positions):
-    """[N] token ids, [N, 3 or 1] → their last hidden state [N, D]; the cache (Decoding) takes them in."""
+def token(base, run, cache, tokens, positions):
+    """[N] token ids, [N, 3 or 1] → their last hidden state [N, D]; the cache (Decoding) takes them in.
+
+    run(inputs, layout): the decoder."""
     embeds = base.get_input_embeddings()(tokens)
     inputs = vlm.token_inputs(embeds, positions)
-    hidden = decoder(base, inputs, cache)
+    hidden = run(inputs, cache)
     return hidden[:, 0]
 
 
@@ -242,24 +239,24 @@ class GraphedToken:
     def __init__(self):
         self.shape = None
 
-    def __call__(self, base, cache, tokens, positions):
+    def __call__(self, base, run, cache, tokens, positions):
         shape = len(tokens), cache.own[0].shape[3]
         if self.shape != shape:
             self.shape = shape
-            self._capture(base, cache, tokens, positions)
+            self._capture(base, run, cache, tokens, positions)
         self.tokens.copy_(tokens)
         self.positions.copy_(positions)
         self.graph.replay()
         return self.hidden
 
-    def _capture(self, base, cache, tokens, positions):
+    def _capture(self, base, run, cache, tokens, positions):
         self.tokens = tokens.clone()
         self.positions = positions.clone()
         self.graph = torch.cuda.CUDAGraph()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.default_stream())
         with torch.cuda.stream(side):  # a run before the capture, as CUDA graphs ask for
-            token(base, cache, self.tokens, self.positions)
+            token(base, run, cache, self.tokens, self.positions)
         torch.cuda.current_stream().wait_stream(side)
         with torch.cuda.graph(self.graph):
-            self.hidden = token(base, cache, self.tokens, self.positions)
+            self.hidden = token(base, run, cache, self.tokens, self.positions)

@@ -99,24 +99,25 @@ class Decoding:
         lengths = torch.tensor(sizes, device=device)
         places = torch.arange(max(sizes), device=device)
         self.padding = places >= lengths[:, None]  # [B, P]
-        self.prefix = []  # a layer: [2, B, Hkv, P, d]
-        self.own = []  # a layer: [2, N, Hkv, C, d]
+        self.padded = min(sizes) < max(sizes)
+        self.keys = []  # of the prompts, a layer: [B, Hkv, d, P], as the product reads them
+        self.values = []  # [B, Hkv, P, d]
+        self.own = []  # a layer: keys and values of the responses in the grid, [2, B, Hkv, width, C, d]
+        prompts = torch.arange(len(sizes), device=device)
+        self._arrange(prompts.repeat_interleave(n))
         while kept:
             key, value = kept.pop(0)
             key = _by_prompt(key, sizes)
             value = _by_prompt(value, sizes)
-            prefix = torch.stack([key, value])
-            _, _, heads, _, size = prefix.shape
-            own = prefix.new_empty(2, len(sizes) * n, heads, 0, size)
-            self.prefix.append(prefix)
-            self.own.append(own)
+            _, heads, _, size = key.shape
+            self.keys.append(key.transpose(2, 3).contiguous())
+            self.values.append(value.contiguous())
+            self.own.append(key.new_empty(2, len(sizes), heads, n, 0, size))
         self.fixed_shapes = fixed_shapes
         self.grow = self.GROW[fixed_shapes]
         self.step = -1  # the response token being computed, from 0
         self.at = lengths.new_full((1,), -1)  # the same, as a tensor that a graph can read
         self.places = None  # fixed shapes: 0, 1, … of every place of the caches
-        prompts = torch.arange(len(sizes), device=device)
-        self._arrange(prompts.repeat_interleave(n))
 
     def _arrange(self, owner):
         """owner [N], ascending: each response's prompt. Sets slots and width of the grid."""
@@ -129,19 +130,18 @@ class Decoding:
         self.full = len(owner) == len(counts) * self.width
 
     def _to_grid(self, x):
-        """[N, Hkv, r, …] → [B, Hkv, width·r, …]: lay the rows out as a grid, a line a prompt, so that one
-        matrix product serves all its responses; empty slots are 0."""
+        """[N, Hkv, …] → [B, Hkv, width, …]: lay the rows out as a grid, a line a prompt, so that one matrix
+        product serves all its responses; empty slots are 0."""
         shape = (len(self.padding), self.width, *x.shape[1:])
         if self.full:
-            grid = x.view(shape)
+            grid = x.reshape(shape)
         else:
             grid = x.new_zeros(shape)
             grid[self.owner, self.slot] = x
-        return grid.transpose(1, 2).flatten(2, 3)
+        return grid.transpose(1, 2)
 
     def _from_grid(self, grid):
-        """[B, Hkv, width·r, …] → [N, Hkv, r, …]."""
-        grid = grid.unflatten(2, (self.width, -1))
+        """[B, Hkv, width, …] → [N, Hkv, …]."""
         grid = grid.transpose(1, 2)
         if self.full:
             return grid.flatten(0, 1)
@@ -149,14 +149,21 @@ class Decoding:
 
     def keep(self, rows):
         """Drop all responses but `rows` (ascending indices), and prompts that have none left."""
-        for layer, own in enumerate(self.own):  # one by one: all layers are never held twice
-            self.own[layer] = own[:, rows]
-        alive, owner = self.owner[rows].unique(return_inverse=True)
+        old_owner = self.owner[rows]
+        old_slot = self.slot[rows]
+        alive, owner = old_owner.unique(return_inverse=True)
         if len(alive) < len(self.padding):
-            for layer, prefix in enumerate(self.prefix):
-                self.prefix[layer] = prefix[:, alive]
             self.padding = self.padding[alive]
+            for layer, key in enumerate(self.keys):  # one by one: all layers are never held twice
+                self.keys[layer] = key[alive]
+                self.values[layer] = self.values[layer][alive]
         self._arrange(owner)
+        for layer, own in enumerate(self.own):
+            kept = own[:, old_owner, :, old_slot]  # [N, 2, Hkv, C, d]
+            _, _, heads, _, *size = own.shape
+            own = own.new_zeros(2, len(alive), heads, self.width, *size)
+            own[:, self.owner, :, self.slot] = kept
+            self.own[layer] = own
 
     def advance(self):
         """Make room for the next token. To be called before each decoder pass."""
@@ -166,40 +173,36 @@ class Decoding:
             room = (0, 0, 0, self.grow)
             for layer, own in enumerate(self.own):  # as in keep()
                 self.own[layer] = pad(own, room)
-            size = self.own[0].shape[3]
+            size = self.own[0].shape[4]
             self.places = torch.arange(size, device=self.at.device)
 
     def __call__(self, layer, query, key, value):
         """query [N, H, 1, d], key and value [N, Hkv, 1, d] → [N, H, 1, d]."""
-        own = self.own[layer]  # [2, N, Hkv, C, d]
-        new = torch.stack([key, value])
-        own.index_copy_(3, self.at, new)
+        new = torch.stack([self._to_grid(key), self._to_grid(value)])  # [2, B, Hkv, width, 1, d]
+        own = self.own[layer]
+        own.index_copy_(4, self.at, new)
         if not self.fixed_shapes:
-            own = own[:, :, :, : self.step + 1]
-        own_key, own_value = own
-        prefix_key, prefix_value = self.prefix[layer]  # [B, Hkv, P, d]
-        scale = query.shape[-1] ** -0.5
-        heads = key.shape[1]
-        query = query.unflatten(1, (heads, -1))  # [N, Hkv, H/Hkv, 1, d]
-        query = query.squeeze(3) * scale
+            own = own[:, :, :, :, : self.step + 1]
+        own_key, own_value = own  # [B, Hkv, width, C, d]
+        prefix_key = self.keys[layer]
+        prefix_value = self.values[layer]
+        query = query.unflatten(1, (key.shape[1], -1))  # [N, Hkv, H/Hkv, 1, d]
+        query = query.squeeze(3) * query.shape[-1] ** -0.5
+        query = self._to_grid(query).contiguous()  # [B, Hkv, width, H/Hkv, d]
 
-        grid = self._to_grid(query)
-        to_prefix = grid @ prefix_key.transpose(2, 3)  # [B, Hkv, width·H/Hkv, P]
-        padding = self.padding[:, None, None]
-        to_prefix.masked_fill_(padding, -torch.inf)
-        to_prefix = self._from_grid(to_prefix)  # [N, Hkv, H/Hkv, P]
-        to_own = query @ own_key.transpose(2, 3)  # [N, Hkv, H/Hkv, C]
+        to_prefix = query.flatten(2, 3) @ prefix_key  # [B, Hkv, width·H/Hkv, P]
+        if self.padded:
+            to_prefix.masked_fill_(self.padding[:, None, None], -torch.inf)
+        to_own = query @ own_key.transpose(3, 4)  # [B, Hkv, width, H/Hkv, C]
         if self.fixed_shapes:
             to_own.masked_fill_(self.places > self.at, -torch.inf)
-        weights = torch.cat([to_prefix, to_own], -1)
+        weights = torch.cat([to_prefix.view(*to_own.shape[:4], -1), to_own], -1)
         weights = weights.softmax(-1, dtype=torch.float32)
         weights = weights.to(value.dtype)
-        size = prefix_key.shape[2]
-        to_prefix, to_own = weights.tensor_split([size], -1)
-        grid = self._to_grid(to_prefix)
-        out = self._from_grid(grid @ prefix_value)  # [N, Hkv, H/Hkv, d]
-        out += to_own @ own_value
-        out = out.flatten(1, 2)
+        to_prefix, to_own = weights.tensor_split([prefix_value.shape[2]], -1)
+        out = to_own @ own_value  # [B, Hkv, width, H/Hkv, d]
+        out += (to_prefix.flatten(2, 3) @ prefix_value).view_as(out)
+        out = self._from_grid(out).flatten(1, 2)
         return out[:, :, None]
 
 
@@ -240,7 +243,7 @@ class GraphedToken:
         self.shape = None
 
     def __call__(self, base, run, cache, tokens, positions):
-        shape = len(tokens), cache.own[0].shape[3]
+        shape = len(tokens), cache.own[0].shape[4]
         if self.shape != shape:
             self.shape = shape
             self._capture(base, run, cache, tokens, positions)

@@ -17,7 +17,7 @@ from common import Stopped
 from lib import layers, vlm
 from lib.prefix import Decoding, GraphedToken, Packed, decoder, token
 
-VOCABULARY_TILE = 2048  # columns of [T, V] logits that are alive at once
+VOCABULARY_TILE = 1024  # columns of [T, V] logits that are alive at once
 # tokens between two looks at which rows are done: a look waits for the GPU
 LOOK_EVERY = {"cpu": 1, "cuda": 16}
 STATIC_CACHE_HELP = "sampling in fixed shapes, as CUDA graphs on a GPU; never run on one [ours: off]"
@@ -358,11 +358,13 @@ class TokenLogps(torch.autograd.Function):
             if wanted:
                 weighted += shift * total
                 weighted *= shrink
+                exps = logits.exp()
+                weighted += logits.mul_(exps).sum(-1)
+            else:
+                exps = logits.exp_()
             total *= shrink
-            exps = logits.exp()
             total += exps.sum(-1)
             if wanted:
-                weighted += torch.linalg.vecdot(exps, logits)
                 mean *= shrink[:, None]
                 mean += exps.to(tile.dtype) @ tile
             peak = higher

@@ -1,8 +1,9 @@
-"""The decoder's layers written out for fp32 on a CPU: fewer and larger products, LoRA folded into the weights.
+"""The decoder's layers written out for fp32 on a CPU: fewer, larger products, LoRA folded into the weights.
 
-Of layers of one form (vlm.WRITTEN_OUT): two norms, q k v o, gate up down, rotary positions. q, k and v are one
-product, gate and up another, each with its W + s·B·A; the last layer goes on only where its states are wanted.
-The numbers are those of transformers' own layers up to the rounding of fp32. Knows no sampling, no reward.
+For layers of one form (vlm.WRITTEN_OUT): two norms, q k v o, gate up down, rotary positions. q, k and v are
+one product, gate and up another, each with its W + s·B·A; the last layer goes on only where its states are
+wanted. Up to the rounding of fp32 the numbers are those of transformers' own layers. Knows no sampling, no
+reward.
 
     N rows   L positions of a row   D hidden size   H heads   Hkv key/value heads   d head size   r LoRA rank
 """
@@ -20,12 +21,12 @@ def written_out(model, few_rows=False):
     """The decoder as a WrittenOut, under the adapter that is active now; None where transformers' own layers
     serve better or alone:
 
-    on a GPU and in bf16, where the sum would round small LoRA updates away; under gradient checkpointing; with
+    on a GPU; in bf16, where the sum would round small LoRA updates away; under gradient checkpointing; with
     dropout; in families of another form.
     few_rows: without gradients, weights laid out for the products of decoding, the head's too.
 
-    It costs the linear layers' weights once more (few_rows: and the head's), until it and the graph of its last
-    pass are gone. The model is untouched: merging and unmerging would let it drift.
+    It costs the memory of the linear layers' weights once more (few_rows: and of the head's), until it is
+    gone and the backward pass has run. The model is untouched: merging and unmerging would let it drift.
     """
     base = vlm.base_model(model)
     decoder = base.model.language_model
@@ -38,12 +39,14 @@ def written_out(model, few_rows=False):
 
 
 def _has_dropout(decoder):
-    rates = [module.p for module in decoder.modules() if isinstance(module, torch.nn.Dropout)]
-    return decoder.training and any(rates)
+    for module in decoder.modules():
+        if isinstance(module, torch.nn.Dropout) and module.p and module.training:
+            return True
+    return False
 
 
 class WrittenOut:
-    """Callable as prefix.decoder is."""
+    """The whole decoder. head: hidden states → logits."""
 
     def __init__(self, base, few_rows):
         decoder = base.model.language_model
@@ -59,11 +62,12 @@ class WrittenOut:
         cos, sin = self.rotary(x, inputs["position_ids"])  # [N, L, d]
         before, behind = sin.chunk(2, -1)
         sin = torch.cat([-before, behind], -1)
-        angles = cos[:, None], sin[:, None]
+        cos = cos[:, None]
+        sin = sin[:, None]
         added = inputs.get("deepstack_visual_embeds", ())
         for i, layer in enumerate(self.layers):
             last = layer is self.layers[-1]
-            x = layer(x, angles, partial(layout, i), wanted if last else None)
+            x = layer(x, cos, sin, partial(layout, i), wanted if last else None)
             if i < len(added):
                 x = x + added[i].view_as(x)
         return self.norm(x)
@@ -78,19 +82,26 @@ class Layer:
         self.head_dim = attention.head_dim
         self.key_heads = attention.k_proj.out_features // attention.head_dim
         self.norms = layer.input_layernorm, layer.post_attention_layernorm
-        self.query_key_value = _folded([attention.q_proj, attention.k_proj, attention.v_proj], few_rows)
+        self.query_norm = getattr(attention, "q_norm", torch.nn.Identity())  # Qwen3-VL
+        self.key_norm = getattr(attention, "k_norm", torch.nn.Identity())
+        inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
+        self.query_key_value = _folded(inputs, few_rows)
         self.out = _folded([attention.o_proj], few_rows)
         self.gate_up = _folded([mlp.gate_proj, mlp.up_proj], few_rows)
         self.down = _folded([mlp.down_proj], few_rows)
         self.activation = mlp.act_fn
 
-    def __call__(self, x, angles, attend, wanted):
-        """x [N, L, D], angles ([N, 1, L, d], the same), attend(query, key, value) → [N, L or T, D]."""
+    def __call__(self, x, cos, sin, attend, wanted):
+        """x [N, L, D], cos and sin [N, 1, L, d], attend(query, key, value) → [N, L or T, D]."""
         heads = self.query_key_value(self.norms[0](x))
-        heads = heads.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [N, H + 2·Hkv, L, d]
-        turned, value = heads.split([heads.shape[1] - self.key_heads, self.key_heads], 1)
-        turned = rotate(turned, *angles)
-        query, key = turned.split([turned.shape[1] - self.key_heads, self.key_heads], 1)
+        heads = heads.unflatten(-1, (-1, self.head_dim))  # [N, L, H + 2·Hkv, d]
+        heads = heads.transpose(1, 2)
+        query_heads = heads.shape[1] - 2 * self.key_heads
+        query, key, value = heads.split([query_heads, self.key_heads, self.key_heads], 1)
+        query = self.query_norm(query)
+        key = self.key_norm(key)
+        query = rotate(query, cos, sin)
+        key = rotate(key, cos, sin)
         out = attend(query, key, value).transpose(1, 2).flatten(2)  # [N, L, H·d]
         if wanted is not None:
             x = x[:, wanted]
@@ -102,23 +113,27 @@ class Layer:
 
 def rotate(x, cos, sin):
     """Rotary positions. sin: its first half negative, so that the halves of x need only change places."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    half = x.shape[-1] // 2
+    return torch.addcmul(x * cos, x.roll(half, -1), sin)
 
 
 def _folded(modules, few_rows):
     """x → the outputs of these linear layers behind each other, in one product."""
-    plain = []
+    weights = []
+    biases = []
     for module in modules:
-        plain.append(module.get_base_layer() if isinstance(module, LoraLayer) else module)
-    weight = torch.cat([module.weight.detach() for module in plain])  # a copy
-    bias = None
-    if plain[0].bias is not None:
-        bias = torch.cat([module.bias.detach() for module in plain])
+        plain = module.get_base_layer() if isinstance(module, LoraLayer) else module
+        weights.append(plain.weight.detach())
+        if plain.bias is not None:
+            biases.append(plain.bias.detach())
+    assert len(biases) in (0, len(modules)), "some of these layers have a bias, and some none"
+    weight = torch.cat(weights)  # a copy
+    bias = torch.cat(biases) if biases else None
     lora = []
     factors = []  # A and B of each of `lora`
     start = 0
-    for module, layer in zip(modules, plain, strict=True):
-        end = start + layer.out_features
+    for module in modules:
+        end = start + module.out_features
         for name in _active(module):
             down = module.lora_A[name].weight  # A [r, in]
             up = module.lora_B[name].weight  # B [out, r]
@@ -142,10 +157,10 @@ def _active(module):
 
 
 class FoldedLinear(torch.autograd.Function):
-    """linear(x, weight, bias), where `weight` has LoRA in it, with the gradients of x and of LoRA's factors.
+    """linear(x, weight, bias), where `weight` has LoRA in it, with gradients of x and of LoRA's factors.
 
-    x [N, L, in], weight [out, in]. lora: of each pair of factors A [r, in], B [out', r] (first output, last + 1,
-    scale). Of the pass only x is saved. The frozen weight has no gradient.
+    x [N, L, in], weight [out, in]. lora: of each pair of factors A [r, in], B [out', r] its first output, its
+    last + 1, its scale. Of the pass only x is saved. The frozen weight has no gradient.
     """
 
     @staticmethod
@@ -161,10 +176,14 @@ class FoldedLinear(torch.autograd.Function):
         grad = grad.flatten(0, -2)  # [R, out]
         x = x.flatten(0, -2)  # [R, in]
         slopes = []
-        for (start, end, scale), down, up in zip(ctx.lora, factors[::2], factors[1::2], strict=True):
+        for start, end, scale in ctx.lora:
+            down = factors.pop(0)
+            up = factors.pop(0)
             part = grad[:, start:end]  # [R, out']
-            slopes.append((scale * (part @ up)).T @ x)
-            slopes.append(part.T @ (scale * (x @ down.T)))
+            inner = x @ down.T  # [R, r]
+            inner_slope = part @ up
+            slopes.append((scale * inner_slope).T @ x)
+            slopes.append(part.T @ (scale * inner))
         return grad_x, None, None, None, *slopes
 
 

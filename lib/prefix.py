@@ -33,9 +33,14 @@ class Packed:
         """query [1, H, L, d], key and value [1, Hkv, L, d] → [1, H, L, d]."""
         if self.kept is not None:
             self.kept.append((key, value))
-        sizes = [length for size, lengths in self.groups for length in (size, *lengths)]
+        sizes = []
+        for size, lengths in self.groups:
+            sizes += [size, *lengths]
         # one split, whose gradient is one cat: that of a slice is as large as the row
-        pieces = zip(*(x.split(sizes, 2) for x in (query, key, value)), strict=True)
+        queries = query.split(sizes, 2)
+        keys = key.split(sizes, 2)
+        values = value.split(sizes, 2)
+        pieces = zip(queries, keys, values, strict=True)
         outputs = []
         for _, lengths in self.groups:
             q, prefix_key, prefix_value = next(pieces)
@@ -45,7 +50,8 @@ class Packed:
                 q, own_key, own_value = next(pieces)
                 k = torch.cat([prefix_key, own_key], 2)  # [1, Hkv, P + C, d]
                 v = torch.cat([prefix_value, own_value], 2)
-                outputs.append(self._response(q, k, v))  # [1, H, C, d]
+                out = self._response(q, k, v)
+                outputs.append(out)  # [1, H, C, d]
         return torch.cat(outputs, 2)
 
     def _response(self, query, key, value):
@@ -112,7 +118,8 @@ class Decoding:
             _, heads, _, size = key.shape
             self.keys.append(key.transpose(2, 3).contiguous())
             self.values.append(value.contiguous())
-            self.own.append(key.new_empty(2, len(sizes), heads, n, 0, size))
+            own = key.new_empty(2, len(sizes), heads, n, 0, size)
+            self.own.append(own)
         self.fixed_shapes = fixed_shapes
         self.grow = self.GROW[fixed_shapes]
         self.step = -1  # the response token being computed, from 0
@@ -178,7 +185,10 @@ class Decoding:
 
     def __call__(self, layer, query, key, value):
         """query [N, H, 1, d], key and value [N, Hkv, 1, d] → [N, H, 1, d]."""
-        new = torch.stack([self._to_grid(key), self._to_grid(value)])  # [2, B, Hkv, width, 1, d]
+        heads = key.shape[1]
+        key = self._to_grid(key)
+        value = self._to_grid(value)
+        new = torch.stack([key, value])  # [2, B, Hkv, width, 1, d]
         own = self.own[layer]
         own.index_copy_(4, self.at, new)
         if not self.fixed_shapes:
@@ -186,8 +196,9 @@ class Decoding:
         own_key, own_value = own  # [B, Hkv, width, C, d]
         prefix_key = self.keys[layer]
         prefix_value = self.values[layer]
-        query = query.unflatten(1, (key.shape[1], -1))  # [N, Hkv, H/Hkv, 1, d]
-        query = query.squeeze(3) * query.shape[-1] ** -0.5
+        scale = query.shape[-1] ** -0.5
+        query = query.unflatten(1, (heads, -1))  # [N, Hkv, H/Hkv, 1, d]
+        query = query.squeeze(3) * scale
         query = self._to_grid(query).contiguous()  # [B, Hkv, width, H/Hkv, d]
 
         to_prefix = query.flatten(2, 3) @ prefix_key  # [B, Hkv, width·H/Hkv, P]
@@ -196,12 +207,15 @@ class Decoding:
         to_own = query @ own_key.transpose(3, 4)  # [B, Hkv, width, H/Hkv, C]
         if self.fixed_shapes:
             to_own.masked_fill_(self.places > self.at, -torch.inf)
-        weights = torch.cat([to_prefix.view(*to_own.shape[:4], -1), to_own], -1)
+        to_prefix = to_prefix.unflatten(2, (self.width, -1))
+        weights = torch.cat([to_prefix, to_own], -1)
         weights = weights.softmax(-1, dtype=torch.float32)
         weights = weights.to(value.dtype)
-        to_prefix, to_own = weights.tensor_split([prefix_value.shape[2]], -1)
+        size = prefix_value.shape[2]
+        to_prefix, to_own = weights.tensor_split([size], -1)
+        of_prefix = to_prefix.flatten(2, 3) @ prefix_value
         out = to_own @ own_value  # [B, Hkv, width, H/Hkv, d]
-        out += (to_prefix.flatten(2, 3) @ prefix_value).view_as(out)
+        out += of_prefix.view_as(out)
         out = self._from_grid(out).flatten(1, 2)
         return out[:, :, None]
 

@@ -33,25 +33,25 @@ class Packed:
         """query [1, H, L, d], key and value [1, Hkv, L, d] → [1, H, L, d]."""
         if self.kept is not None:
             self.kept.append((key, value))
-        outputs = []
-        start = 0
+        sizes = []
         for size, lengths in self.groups:
-            end = start + size
-            prefix = slice(start, end)
-            q = query[:, :, prefix]
-            prefix_key = key[:, :, prefix]
-            prefix_value = value[:, :, prefix]
+            sizes += [size, *lengths]
+        # one split, whose gradient is one cat: that of a slice is as large as the row
+        queries = query.split(sizes, 2)
+        keys = key.split(sizes, 2)
+        values = value.split(sizes, 2)
+        pieces = zip(queries, keys, values, strict=True)
+        outputs = []
+        for _, lengths in self.groups:
+            q, prefix_key, prefix_value = next(pieces)
             out = scaled_dot_product_attention(q, prefix_key, prefix_value, is_causal=True, enable_gqa=True)
             outputs.append(out)
-            for length in lengths:
-                start = end
-                end = start + length
-                own = slice(start, end)
-                k = torch.cat([prefix_key, key[:, :, own]], 2)  # [1, Hkv, P + C, d]
-                v = torch.cat([prefix_value, value[:, :, own]], 2)
-                out = self._response(query[:, :, own], k, v)
+            for _ in lengths:
+                q, own_key, own_value = next(pieces)
+                k = torch.cat([prefix_key, own_key], 2)  # [1, Hkv, P + C, d]
+                v = torch.cat([prefix_value, own_value], 2)
+                out = self._response(q, k, v)
                 outputs.append(out)  # [1, H, C, d]
-            start = end
         return torch.cat(outputs, 2)
 
     def _response(self, query, key, value):
@@ -105,24 +105,26 @@ class Decoding:
         lengths = torch.tensor(sizes, device=device)
         places = torch.arange(max(sizes), device=device)
         self.padding = places >= lengths[:, None]  # [B, P]
-        self.prefix = []  # a layer: [2, B, Hkv, P, d]
-        self.own = []  # a layer: [2, N, Hkv, C, d]
+        self.padded = min(sizes) < max(sizes)
+        self.keys = []  # of the prompts, a layer: [B, Hkv, d, P], as the product reads them
+        self.values = []  # [B, Hkv, P, d]
+        self.own = []  # a layer: keys and values of the responses in the grid, [2, B, Hkv, width, C, d]
+        prompts = torch.arange(len(sizes), device=device)
+        self._arrange(prompts.repeat_interleave(n))
         while kept:
             key, value = kept.pop(0)
             key = _by_prompt(key, sizes)
             value = _by_prompt(value, sizes)
-            prefix = torch.stack([key, value])
-            _, _, heads, _, size = prefix.shape
-            own = prefix.new_empty(2, len(sizes) * n, heads, 0, size)
-            self.prefix.append(prefix)
+            _, heads, _, size = key.shape
+            self.keys.append(key.transpose(2, 3).contiguous())
+            self.values.append(value.contiguous())
+            own = key.new_empty(2, len(sizes), heads, n, 0, size)
             self.own.append(own)
         self.fixed_shapes = fixed_shapes
         self.grow = self.GROW[fixed_shapes]
         self.step = -1  # the response token being computed, from 0
         self.at = lengths.new_full((1,), -1)  # the same, as a tensor that a graph can read
         self.places = None  # fixed shapes: 0, 1, … of every place of the caches
-        prompts = torch.arange(len(sizes), device=device)
-        self._arrange(prompts.repeat_interleave(n))
 
     def _arrange(self, owner):
         """owner [N], ascending: each response's prompt. Sets slots and width of the grid."""
@@ -135,19 +137,18 @@ class Decoding:
         self.full = len(owner) == len(counts) * self.width
 
     def _to_grid(self, x):
-        """[N, Hkv, r, …] → [B, Hkv, width·r, …]: lay the rows out as a grid, a line a prompt, so that one
-        matrix product serves all its responses; empty slots are 0."""
+        """[N, Hkv, …] → [B, Hkv, width, …]: lay the rows out as a grid, a line a prompt, so that one matrix
+        product serves all its responses; empty slots are 0."""
         shape = (len(self.padding), self.width, *x.shape[1:])
         if self.full:
-            grid = x.view(shape)
+            grid = x.reshape(shape)
         else:
             grid = x.new_zeros(shape)
             grid[self.owner, self.slot] = x
-        return grid.transpose(1, 2).flatten(2, 3)
+        return grid.transpose(1, 2)
 
     def _from_grid(self, grid):
-        """[B, Hkv, width·r, …] → [N, Hkv, r, …]."""
-        grid = grid.unflatten(2, (self.width, -1))
+        """[B, Hkv, width, …] → [N, Hkv, …]."""
         grid = grid.transpose(1, 2)
         if self.full:
             return grid.flatten(0, 1)
@@ -155,14 +156,21 @@ class Decoding:
 
     def keep(self, rows):
         """Drop all responses but `rows` (ascending indices), and prompts that have none left."""
-        for layer, own in enumerate(self.own):  # one by one: all layers are never held twice
-            self.own[layer] = own[:, rows]
-        alive, owner = self.owner[rows].unique(return_inverse=True)
+        old_owner = self.owner[rows]
+        old_slot = self.slot[rows]
+        alive, owner = old_owner.unique(return_inverse=True)
         if len(alive) < len(self.padding):
-            for layer, prefix in enumerate(self.prefix):
-                self.prefix[layer] = prefix[:, alive]
             self.padding = self.padding[alive]
+            for layer, key in enumerate(self.keys):  # one by one: all layers are never held twice
+                self.keys[layer] = key[alive]
+                self.values[layer] = self.values[layer][alive]
         self._arrange(owner)
+        for layer, own in enumerate(self.own):
+            kept = own[:, old_owner, :, old_slot]  # [N, 2, Hkv, C, d]
+            _, _, heads, _, *size = own.shape
+            own = own.new_zeros(2, len(alive), heads, self.width, *size)
+            own[:, self.owner, :, self.slot] = kept
+            self.own[layer] = own
 
     def advance(self):
         """Make room for the next token. To be called before each decoder pass."""
@@ -172,40 +180,43 @@ class Decoding:
             room = (0, 0, 0, self.grow)
             for layer, own in enumerate(self.own):  # as in keep()
                 self.own[layer] = pad(own, room)
-            size = self.own[0].shape[3]
+            size = self.own[0].shape[4]
             self.places = torch.arange(size, device=self.at.device)
 
     def __call__(self, layer, query, key, value):
         """query [N, H, 1, d], key and value [N, Hkv, 1, d] → [N, H, 1, d]."""
-        own = self.own[layer]  # [2, N, Hkv, C, d]
-        new = torch.stack([key, value])
-        own.index_copy_(3, self.at, new)
-        if not self.fixed_shapes:
-            own = own[:, :, :, : self.step + 1]
-        own_key, own_value = own
-        prefix_key, prefix_value = self.prefix[layer]  # [B, Hkv, P, d]
-        scale = query.shape[-1] ** -0.5
         heads = key.shape[1]
+        key = self._to_grid(key)
+        value = self._to_grid(value)
+        new = torch.stack([key, value])  # [2, B, Hkv, width, 1, d]
+        own = self.own[layer]
+        own.index_copy_(4, self.at, new)
+        if not self.fixed_shapes:
+            own = own[:, :, :, :, : self.step + 1]
+        own_key, own_value = own  # [B, Hkv, width, C, d]
+        prefix_key = self.keys[layer]
+        prefix_value = self.values[layer]
+        scale = query.shape[-1] ** -0.5
         query = query.unflatten(1, (heads, -1))  # [N, Hkv, H/Hkv, 1, d]
         query = query.squeeze(3) * scale
+        query = self._to_grid(query).contiguous()  # [B, Hkv, width, H/Hkv, d]
 
-        grid = self._to_grid(query)
-        to_prefix = grid @ prefix_key.transpose(2, 3)  # [B, Hkv, width·H/Hkv, P]
-        padding = self.padding[:, None, None]
-        to_prefix.masked_fill_(padding, -torch.inf)
-        to_prefix = self._from_grid(to_prefix)  # [N, Hkv, H/Hkv, P]
-        to_own = query @ own_key.transpose(2, 3)  # [N, Hkv, H/Hkv, C]
+        to_prefix = query.flatten(2, 3) @ prefix_key  # [B, Hkv, width·H/Hkv, P]
+        if self.padded:
+            to_prefix.masked_fill_(self.padding[:, None, None], -torch.inf)
+        to_own = query @ own_key.transpose(3, 4)  # [B, Hkv, width, H/Hkv, C]
         if self.fixed_shapes:
             to_own.masked_fill_(self.places > self.at, -torch.inf)
+        to_prefix = to_prefix.unflatten(2, (self.width, -1))
         weights = torch.cat([to_prefix, to_own], -1)
         weights = weights.softmax(-1, dtype=torch.float32)
         weights = weights.to(value.dtype)
-        size = prefix_key.shape[2]
+        size = prefix_value.shape[2]
         to_prefix, to_own = weights.tensor_split([size], -1)
-        grid = self._to_grid(to_prefix)
-        out = self._from_grid(grid @ prefix_value)  # [N, Hkv, H/Hkv, d]
-        out += to_own @ own_value
-        out = out.flatten(1, 2)
+        of_prefix = to_prefix.flatten(2, 3) @ prefix_value
+        out = to_own @ own_value  # [B, Hkv, width, H/Hkv, d]
+        out += of_prefix.view_as(out)
+        out = self._from_grid(out).flatten(1, 2)
         return out[:, :, None]
 
 
@@ -215,23 +226,26 @@ def _by_prompt(x, sizes):
     return pad_sequence(parts, batch_first=True).transpose(1, 2)
 
 
-def decoder(base, inputs, layout):
+def decoder(base, inputs, layout, wanted=None):
     """vlm.decoder_inputs or vlm.token_inputs of N rows → last hidden state [N, L, D] under a layout's
-    attention."""
+    attention; of the places `wanted` [T] alone, [N, T, D]."""
     language_model = base.model.language_model
     known = language_model.config._attn_implementation == vlm.SHARED_PREFIX
     assert known, "the layout would be ignored: load the model with vlm.load"
     # with four dimensions transformers builds no mask of its own
     unused = inputs["inputs_embeds"].new_zeros(1, 1, 1, 1)
     outputs = language_model(**inputs, attention_mask=unused, use_cache=False, layout=layout)
-    return outputs.last_hidden_state
+    hidden = outputs.last_hidden_state
+    return hidden if wanted is None else hidden[:, wanted]
 
 
-def token(base, cache, tokens, positions):
-    """[N] token ids, [N, 3 or 1] → their last hidden state [N, D]; the cache (Decoding) takes them in."""
+def token(base, run, cache, tokens, positions):
+    """[N] token ids, [N, 3 or 1] → their last hidden state [N, D]; the cache (Decoding) takes them in.
+
+    run(inputs, layout): the decoder."""
     embeds = base.get_input_embeddings()(tokens)
     inputs = vlm.token_inputs(embeds, positions)
-    hidden = decoder(base, inputs, cache)
+    hidden = run(inputs, cache)
     return hidden[:, 0]
 
 
@@ -242,24 +256,24 @@ class GraphedToken:
     def __init__(self):
         self.shape = None
 
-    def __call__(self, base, cache, tokens, positions):
-        shape = len(tokens), cache.own[0].shape[3]
+    def __call__(self, base, run, cache, tokens, positions):
+        shape = len(tokens), cache.own[0].shape[4]
         if self.shape != shape:
             self.shape = shape
-            self._capture(base, cache, tokens, positions)
+            self._capture(base, run, cache, tokens, positions)
         self.tokens.copy_(tokens)
         self.positions.copy_(positions)
         self.graph.replay()
         return self.hidden
 
-    def _capture(self, base, cache, tokens, positions):
+    def _capture(self, base, run, cache, tokens, positions):
         self.tokens = tokens.clone()
         self.positions = positions.clone()
         self.graph = torch.cuda.CUDAGraph()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.default_stream())
         with torch.cuda.stream(side):  # a run before the capture, as CUDA graphs ask for
-            token(base, cache, self.tokens, self.positions)
+            token(base, run, cache, self.tokens, self.positions)
         torch.cuda.current_stream().wait_stream(side)
         with torch.cuda.graph(self.graph):
-            self.hidden = token(base, cache, self.tokens, self.positions)
+            self.hidden = token(base, run, cache, self.tokens, self.positions)

@@ -4,22 +4,20 @@ B prompts   G responses a prompt (group)   N = B·G rows   P prompt tokens   C c
 V vocabulary   D hidden size   L positions of a packed row   T response tokens in all
 """
 
-import functools
 import hashlib
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch.nn.functional import linear
 from torch.nn.utils.rnn import pad_sequence
 
 import common
 from common import Stopped
-from lib import vlm
+from lib import layers, vlm
 from lib.prefix import Decoding, GraphedToken, Packed, decoder, token
 
-VOCABULARY_TILE = 2048  # columns of [T, V] logits that are alive at once
+VOCABULARY_TILE = 1024  # columns of [T, V] logits that are alive at once
 # tokens between two looks at which rows are done: a look waits for the GPU
 LOOK_EVERY = {"cpu": 1, "cuda": 16}
 STATIC_CACHE_HELP = "sampling in fixed shapes, as CUDA graphs on a GPU; never run on one [ours: off]"
@@ -82,9 +80,13 @@ def sample(
     if temperature:
         draws = [uniforms(end, max_new_tokens, key)[start:] for key in keys or range(len(prompts))]
         noise = torch.cat(draws).to(device)  # [N, C]
-    with _folded(model):
-        hidden, cache = _prefill(base, prompts, n, static)
-        completions = _decode(base, cache, hidden, prompts, max_new_tokens, rules, noise)
+    written_out = layers.written_out(model, few_rows=True)
+    run = written_out or partial(decoder, base)
+    head = written_out.head if written_out else base.lm_head
+    hidden, cache = _prefill(run, prompts, n, static)
+    token_step = GraphedToken() if cache.fixed_shapes and device.type == "cuda" else token
+    advance = partial(token_step, base, run, cache)
+    completions = _decode(head, advance, cache, hidden, prompts, max_new_tokens, rules, noise)
     samples = []
     for ids, logps in completions:
         logps = logps if temperature else None
@@ -102,21 +104,21 @@ class Rules:
     banned: torch.Tensor
 
 
-def _prefill(base, prompts, n, static):
+def _prefill(run, prompts, n, static):
     """All prompts in one row, nothing padded → states that predict the first tokens [N, D], Decoding."""
     sizes = [len(prompt.embeds) for prompt in prompts]
     layout = Packed([(size, []) for size in sizes], keep=True)
-    hidden = decoder(base, vlm.decoder_inputs([vlm.join(prompts)]), layout)[0]  # [ΣP, D]
-    last = torch.tensor(sizes, device=hidden.device).cumsum(0) - 1
-    hidden = hidden[last].repeat_interleave(n, 0)
+    inputs = vlm.decoder_inputs([vlm.join(prompts)])
+    last = torch.tensor(sizes, device=prompts[0].embeds.device).cumsum(0) - 1
+    hidden = run(inputs, layout, last)[0]  # [B, D]
+    hidden = hidden.repeat_interleave(n, 0)
     return hidden, Decoding(layout.kept, sizes, n, static)
 
 
-def _decode(base, cache, hidden, prompts, max_new_tokens, rules, noise):
+def _decode(head, advance, cache, hidden, prompts, max_new_tokens, rules, noise):
     """Draw token after token for all N rows together; rows that are done leave the batch. → [N] lists of
     ids."""
     device = hidden.device
-    token_step = GraphedToken() if cache.fixed_shapes and device.type == "cuda" else token
     shrink_at = 0.5 if cache.fixed_shapes else 1.0  # rows leave once no more than this share goes on
     first = torch.stack([prompt.positions.max() + 1 for prompt in prompts])
     first = first.repeat_interleave(len(hidden) // len(prompts))  # [N] position of the first response token
@@ -126,7 +128,7 @@ def _decode(base, cache, hidden, prompts, max_new_tokens, rules, noise):
     drawn_logps = drawn.float()
     lengths = torch.full_like(rows, max_new_tokens)
     for step in range(max_new_tokens):
-        logits = base.lm_head(hidden).float()  # [N, V]
+        logits = head(hidden).float()  # [N, V]
         logits.index_fill_(1, rules.banned, -torch.inf)
         chance = None if noise is None else noise[rows, step]
         tokens, logps = _draw(logits, rules.temperature, rules.top_p, chance)  # [N], [N]
@@ -149,7 +151,7 @@ def _decode(base, cache, hidden, prompts, max_new_tokens, rules, noise):
         cache.advance()
         positions = first[rows] + step
         positions = positions[:, None].expand(-1, len(prompts[0].positions))  # [N, 3 or 1]
-        hidden = token_step(base, cache, tokens, positions)
+        hidden = advance(tokens, positions)
     lengths = lengths.tolist()
     both = zip(drawn.tolist(), drawn_logps.tolist(), lengths, strict=True)
     return [(ids[:length], logps[:length]) for ids, logps, length in both]
@@ -252,55 +254,6 @@ def generate(
     return results
 
 
-# -------------------------------------------------------------------------------- fast linear layers on a CPU
-
-
-@contextmanager
-def _folded(model):
-    """Inside, each linear layer of decoder and head is one product with a second copy of its weight, LoRA
-    added in.
-
-    On a CPU in fp32 only, where it halves the time of a token. In bf16 the sum would round small LoRA updates
-    away. The base is untouched: merging and unmerging would let it drift.
-    """
-    base = vlm.base_model(model)
-    head = base.lm_head.weight
-    folded = []
-    if head.dtype == torch.float32 and head.device.type == "cpu":
-        for module, plain in _linears(base):
-            weight = plain.weight
-            if isinstance(module, LoraLayer) and not module.disable_adapters:
-                for name in module.active_adapters:
-                    weight = weight + module.get_delta_weight(name)
-            module.forward = _few_rows(weight, plain.bias)
-            folded.append(module)
-    try:
-        yield
-    finally:
-        for module in folded:
-            del module.forward
-
-
-def _linears(base):
-    """Yield (module that is called, plain linear layer in it) of decoder and head."""
-    modules = [*base.model.language_model.named_modules(), ("lm_head", base.lm_head)]
-    inside = tuple(f"{name}." for name, module in modules if isinstance(module, LoraLayer))
-    for name, module in modules:
-        if isinstance(module, LoraLayer):
-            yield module, module.get_base_layer()
-        elif isinstance(module, torch.nn.Linear) and not name.startswith(inside):
-            yield module, module
-
-
-def _few_rows(weight, bias):
-    """x → linear(x, weight, bias), its weight laid out for products with few rows, which wait for memory."""
-    if torch.backends.mkldnn.is_available():
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    weight = weight.t().contiguous().t()  # stored [in, out]
-    return functools.partial(linear, weight=weight, bias=bias)
-
-
 # -------------------------------------------------------------------------------- log-probs
 
 
@@ -319,7 +272,7 @@ def completion_logps(model, prompts, completions, temperature=1.0, shared_prefix
     weight = base.lm_head.weight
     responses = [torch.tensor(ids, device=weight.device) for group in completions for ids in group]
     hidden_states = _hidden_shared if shared_prefix else _hidden_plain
-    hidden = hidden_states(base, prompts, completions)  # [T, D]
+    hidden = hidden_states(model, prompts, completions)  # [T, D]
     logps, entropy = TokenLogps.apply(hidden, weight, torch.cat(responses), temperature)  # [T]
     lengths = [len(ids) for ids in responses]
     parts = (logps, entropy, torch.ones_like(logps, dtype=torch.bool))
@@ -327,8 +280,9 @@ def completion_logps(model, prompts, completions, temperature=1.0, shared_prefix
     return tuple(pad_sequence(part.split(lengths), batch_first=True) for part in parts)
 
 
-def _hidden_shared(base, prompts, completions):
+def _hidden_shared(model, prompts, completions):
     """→ [T, D]: the state that predicts each response token, out of one packed row for all groups."""
+    base = vlm.base_model(model)
     device = base.lm_head.weight.device
     lookup = base.get_input_embeddings()
     pieces, groups, index = [], [], []
@@ -342,12 +296,14 @@ def _hidden_shared(base, prompts, completions):
             pieces.append(vlm.respond(prompt, lookup(torch.tensor(ids, device=device)).detach()))
             index += [last, *range(start, start + len(ids) - 1)]
             start += len(ids)
-    hidden = decoder(base, vlm.decoder_inputs([vlm.join(pieces)]), Packed(groups))[0]  # [L, D]
-    return hidden[torch.tensor(index, device=device)]
+    run = layers.written_out(model) or partial(decoder, base)
+    inputs = vlm.decoder_inputs([vlm.join(pieces)])
+    return run(inputs, Packed(groups), torch.tensor(index, device=device))[0]
 
 
-def _hidden_plain(base, prompts, completions):
+def _hidden_plain(model, prompts, completions):
     """→ [T, D]: the same from one row [prompt | response | padding] for every response."""
+    base = vlm.base_model(model)
     device = base.lm_head.weight.device
     lookup = base.get_input_embeddings()
     rows, sizes = [], []
@@ -402,11 +358,13 @@ class TokenLogps(torch.autograd.Function):
             if wanted:
                 weighted += shift * total
                 weighted *= shrink
+                exps = logits.exp()
+                weighted += logits.mul_(exps).sum(-1)
+            else:
+                exps = logits.exp_()
             total *= shrink
-            exps = logits.exp()
             total += exps.sum(-1)
             if wanted:
-                weighted += torch.linalg.vecdot(exps, logits)
                 mean *= shrink[:, None]
                 mean += exps.to(tile.dtype) @ tile
             peak = higher

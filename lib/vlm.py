@@ -36,6 +36,13 @@ DEFAULT_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
 # tested; others must prove themselves
 ARCHITECTURES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "llava", "llava_next", "llava_onevision")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# decoder layers of one form, which lib/layers.py writes out
+WRITTEN_OUT = (
+    "LlamaDecoderLayer",
+    "Qwen2_5_VLDecoderLayer",
+    "Qwen2VLDecoderLayer",
+    "Qwen3VLTextDecoderLayer",
+)
 SHARED_PREFIX = "shared_prefix"  # our attention, by the name that transformers knows it under
 MAX_PIXELS = 1024 * 28 * 28  # of an image: a phone photograph costs Qwen2.5-VL about a thousand tokens
 

@@ -160,8 +160,8 @@ def _turned(seen):
 def _without_prompt(prefill):
     def broken(*args):
         hidden, cache = prefill(*args)
-        for prefix in cache.prefix:
-            prefix.zero_()
+        for values in cache.values:
+            values.zero_()
         return -hidden, cache
 
     return broken

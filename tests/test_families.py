@@ -54,7 +54,8 @@ def loaded(family, tmp_path_factory):
     model = lora.add_lora(model, 8, 16).eval()
     for parameter in model.parameters():
         if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(1))
+            # at 0.2 fp32 itself, ours and transformers' alike, is up to 2e-5 off float64
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
     images = tmp_path_factory.mktemp("images")
     items = []
     for number, (size, text) in enumerate(

@@ -1,0 +1,196 @@
+"""The decoder's layers written out for fp32 on a CPU: fewer, larger products, LoRA folded into the weights.
+
+For layers of one form (vlm.WRITTEN_OUT): two norms, q k v o, gate up down, rotary positions. q, k and v are
+one product, gate and up another, each with its W + s·B·A; the last layer goes on only where its states are
+wanted. Up to the rounding of fp32 the numbers are those of transformers' own layers. Knows no sampling, no
+reward.
+
+    N rows   L positions of a row   D hidden size   H heads   Hkv key/value heads   d head size   r LoRA rank
+"""
+
+from functools import partial
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch.nn.functional import linear
+
+from lib import vlm
+
+
+def written_out(model, few_rows=False):
+    """The decoder as a WrittenOut, under the adapter that is active now; None where transformers' own layers
+    serve better or alone:
+
+    on a GPU; in bf16, where the sum would round small LoRA updates away; under gradient checkpointing; with
+    dropout; in families of another form.
+    few_rows: without gradients, weights laid out for the products of decoding, the head's too.
+
+    It costs the memory of the linear layers' weights once more (few_rows: and of the head's), until it is
+    gone and the backward pass has run. The model is untouched: merging and unmerging would let it drift.
+    """
+    base = vlm.base_model(model)
+    decoder = base.model.language_model
+    head = base.lm_head.weight
+    plain = head.dtype == torch.float32 and head.device.type == "cpu"
+    known = type(decoder.layers[0]).__name__ in vlm.WRITTEN_OUT
+    if not plain or not known or base.is_gradient_checkpointing or _has_dropout(decoder):
+        return None
+    return WrittenOut(base, few_rows)
+
+
+def _has_dropout(decoder):
+    for module in decoder.modules():
+        if isinstance(module, torch.nn.Dropout) and module.p and module.training:
+            return True
+    return False
+
+
+class WrittenOut:
+    """The whole decoder. head: hidden states → logits."""
+
+    def __init__(self, base, few_rows):
+        decoder = base.model.language_model
+        self.rotary = decoder.rotary_emb
+        self.norm = decoder.norm
+        self.layers = [Layer(layer, few_rows) for layer in decoder.layers]
+        self.head = _few_rows(base.lm_head.weight, base.lm_head.bias) if few_rows else base.lm_head
+
+    def __call__(self, inputs, layout, wanted=None):
+        """vlm.decoder_inputs or vlm.token_inputs of N rows → last hidden state [N, L, D] under a layout's
+        attention. wanted: the places of these rows [T] alone → [N, T, D]."""
+        x = inputs["inputs_embeds"]
+        cos, sin = self.rotary(x, inputs["position_ids"])  # [N, L, d]
+        before, behind = sin.chunk(2, -1)
+        sin = torch.cat([-before, behind], -1)
+        cos = cos[:, None]
+        sin = sin[:, None]
+        added = inputs.get("deepstack_visual_embeds", ())
+        for i, layer in enumerate(self.layers):
+            last = layer is self.layers[-1]
+            x = layer(x, cos, sin, partial(layout, i), wanted if last else None)
+            if i < len(added):
+                x = x + added[i].view_as(x)
+        return self.norm(x)
+
+
+class Layer:
+    """One decoder layer."""
+
+    def __init__(self, layer, few_rows):
+        attention = layer.self_attn
+        mlp = layer.mlp
+        self.head_dim = attention.head_dim
+        self.key_heads = attention.k_proj.out_features // attention.head_dim
+        self.norms = layer.input_layernorm, layer.post_attention_layernorm
+        self.query_norm = getattr(attention, "q_norm", torch.nn.Identity())  # Qwen3-VL
+        self.key_norm = getattr(attention, "k_norm", torch.nn.Identity())
+        inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
+        self.query_key_value = _folded(inputs, few_rows)
+        self.out = _folded([attention.o_proj], few_rows)
+        self.gate_up = _folded([mlp.gate_proj, mlp.up_proj], few_rows)
+        self.down = _folded([mlp.down_proj], few_rows)
+        self.activation = mlp.act_fn
+
+    def __call__(self, x, cos, sin, attend, wanted):
+        """x [N, L, D], cos and sin [N, 1, L, d], attend(query, key, value) → [N, L or T, D]."""
+        heads = self.query_key_value(self.norms[0](x))
+        heads = heads.unflatten(-1, (-1, self.head_dim))  # [N, L, H + 2·Hkv, d]
+        heads = heads.transpose(1, 2)
+        query_heads = heads.shape[1] - 2 * self.key_heads
+        query, key, value = heads.split([query_heads, self.key_heads, self.key_heads], 1)
+        query = self.query_norm(query)
+        key = self.key_norm(key)
+        query = rotate(query, cos, sin)
+        key = rotate(key, cos, sin)
+        out = attend(query, key, value).transpose(1, 2).flatten(2)  # [N, L, H·d]
+        if wanted is not None:
+            x = x[:, wanted]
+            out = out[:, wanted]
+        x = x + self.out(out)
+        gate, up = self.gate_up(self.norms[1](x)).chunk(2, -1)
+        return x + self.down(self.activation(gate) * up)
+
+
+def rotate(x, cos, sin):
+    """Rotary positions. sin: its first half negative, so that the halves of x need only change places."""
+    half = x.shape[-1] // 2
+    return torch.addcmul(x * cos, x.roll(half, -1), sin)
+
+
+def _folded(modules, few_rows):
+    """x → the outputs of these linear layers behind each other, in one product."""
+    weights = []
+    biases = []
+    for module in modules:
+        plain = module.get_base_layer() if isinstance(module, LoraLayer) else module
+        weights.append(plain.weight.detach())
+        if plain.bias is not None:
+            biases.append(plain.bias.detach())
+    assert len(biases) in (0, len(modules)), "some of these layers have a bias, and some none"
+    weight = torch.cat(weights)  # a copy
+    bias = torch.cat(biases) if biases else None
+    lora = []
+    factors = []  # A and B of each of `lora`
+    start = 0
+    for module in modules:
+        end = start + module.out_features
+        for name in _active(module):
+            down = module.lora_A[name].weight  # A [r, in]
+            up = module.lora_B[name].weight  # B [out, r]
+            scale = module.scaling[name]
+            weight[start:end].addmm_(up.detach(), down.detach(), alpha=scale)
+            lora.append((start, end, scale))
+            factors += [down, up]
+        start = end
+    if few_rows:
+        return _few_rows(weight, bias)
+    if not factors or not torch.is_grad_enabled():
+        return partial(linear, weight=weight, bias=bias)
+    return lambda x: FoldedLinear.apply(x, weight, bias, lora, *factors)
+
+
+def _active(module):
+    """Names of the adapters that a linear layer adds now."""
+    if not isinstance(module, LoraLayer) or module.disable_adapters or module.merged:
+        return []
+    return [name for name in module.active_adapters if name in module.lora_A]
+
+
+class FoldedLinear(torch.autograd.Function):
+    """linear(x, weight, bias), where `weight` has LoRA in it, with gradients of x and of LoRA's factors.
+
+    x [N, L, in], weight [out, in]. lora: of each pair of factors A [r, in], B [out', r] its first output, its
+    last + 1, its scale. Of the pass only x is saved. The frozen weight has no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, lora, *factors):
+        ctx.lora = lora
+        ctx.save_for_backward(x, weight, *factors)
+        return linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, *factors = ctx.saved_tensors
+        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        grad = grad.flatten(0, -2)  # [R, out]
+        x = x.flatten(0, -2)  # [R, in]
+        slopes = []
+        for start, end, scale in ctx.lora:
+            down = factors.pop(0)
+            up = factors.pop(0)
+            part = grad[:, start:end]  # [R, out']
+            inner = x @ down.T  # [R, r]
+            inner_slope = part @ up
+            slopes.append((scale * inner_slope).T @ x)
+            slopes.append(part.T @ (scale * inner))
+        return grad_x, None, None, None, *slopes
+
+
+def _few_rows(weight, bias):
+    """x → linear(x, weight, bias), its weight laid out for products with few rows, which wait for memory."""
+    if torch.backends.mkldnn.is_available():
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    weight = weight.t().contiguous().t()  # stored [in, out]
+    return partial(linear, weight=weight, bias=bias)

@@ -32,10 +32,18 @@ def written_out(model, few_rows=False):
     decoder = base.model.language_model
     head = base.lm_head.weight
     plain = head.dtype == torch.float32 and head.device.type == "cpu"
-    known = type(decoder.layers[0]).__name__ in vlm.WRITTEN_OUT
-    if not plain or not known or base.is_gradient_checkpointing or _has_dropout(decoder):
+    if not plain or not _known(decoder) or base.is_gradient_checkpointing or _has_dropout(decoder):
         return None
     return WrittenOut(base, few_rows)
+
+
+def _known(decoder):
+    """Whether all layers are of the written-out form; one that looks back a window is not."""
+    for layer in decoder.layers:
+        window = getattr(layer.self_attn, "sliding_window", None)
+        if type(layer).__name__ not in vlm.WRITTEN_OUT or window:
+            return False
+    return True
 
 
 def _has_dropout(decoder):

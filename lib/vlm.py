@@ -39,6 +39,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # decoder layers of one form, which lib/layers.py writes out
 WRITTEN_OUT = (
     "LlamaDecoderLayer",
+    "Qwen2DecoderLayer",
     "Qwen2_5_VLDecoderLayer",
     "Qwen2VLDecoderLayer",
     "Qwen3VLTextDecoderLayer",

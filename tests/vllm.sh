@@ -210,7 +210,13 @@ open scored 24 0 python 02_filter.py "${FROM[@]}" "${OPEN[@]}" --out "$WORK/open
 # 6. The server dies in the middle of a run: started again, the run goes on by itself; kept away, the run
 # stops, and goes on later
 running() { # until OUT has so many steps
-  until [ "$(cat "$WORK/$1/metrics.jsonl" 2>/dev/null | wc -l)" -ge "$2" ]; do sleep 0.2; done
+  until [ "$(cat "$WORK/$1/metrics.jsonl" 2>/dev/null | wc -l)" -ge "$2" ]; do
+    sleep 0.2
+    kill -0 "$RUN" 2>/dev/null || {
+      tail -3 "$WORK/killed.txt"
+      exit 1
+    }
+  done
 }
 python $(grpo llava grpo-killed --epochs 4 --batch-size 4) >"$WORK/killed.txt" 2>&1 &
 RUN=$!

@@ -112,7 +112,7 @@ def test_a_fresh_lora_starts_at_the_base_bit_by_bit(tmp_path):
 
 
 @pytest.mark.parametrize("model", ["qwen2_5_vl"], indirect=True)
-@pytest.mark.parametrize("why", ["bf16", "checkpointing", "dropout", "family"])
+@pytest.mark.parametrize("why", ["bf16", "checkpointing", "dropout", "window", "family"])
 def test_transformers_layers_where_they_serve_better_or_alone(model, why, monkeypatch):
     assert layers.written_out(model) is not None
     if why == "bf16":
@@ -123,6 +123,8 @@ def test_transformers_layers_where_they_serve_better_or_alone(model, why, monkey
         model = lora.add_lora(vlm.base_model(model), 4, 8, dropout=0.1)
         assert layers.written_out(model.eval()) is not None
         model.train()
+    elif why == "window":
+        vlm.base_model(model).model.language_model.layers[1].self_attn.sliding_window = 512
     else:
         monkeypatch.setattr(vlm, "WRITTEN_OUT", ())
     assert layers.written_out(model) is None

@@ -124,7 +124,7 @@ train 03_sft.py sft-answer --data "$WORK/world/train.jsonl" --target answer "${s
 
 step "7. reinforcement learning (04): from the warm-up, from the baseline without thoughts, from nothing"
 rl=(--data "$WORK/world/train.jsonl" --batch-size $((8 / RANKS)) --group-size 8 --skip-constant-groups
-  --temperature "$TEMPERATURE" --lr "$RL_LR" --schedule linear --warmup-ratio 0.1)
+  --log-samples-every 1 --temperature "$TEMPERATURE" --lr "$RL_LR" --schedule linear --warmup-ratio 0.1)
 train 04_grpo.py grpo --adapter "$WORK/sft/best" --epochs "$EPOCHS_RL" "${rl[@]}"
 train 04_grpo.py grpo-answer --adapter "$WORK/sft-answer/best" --epochs "$EPOCHS_RL" "${rl[@]}"
 train 04_grpo.py only-rl --only-rl --model "$MODEL" "${lora[@]}" --epochs "$EPOCHS_ONLY_RL" "${rl[@]}"

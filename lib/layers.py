@@ -40,8 +40,9 @@ def written_out(model, few_rows=False):
 def _known(decoder):
     """Whether all layers are of the written-out form; one that looks back a window is not."""
     for layer in decoder.layers:
-        window = getattr(layer.self_attn, "sliding_window", None)
-        if type(layer).__name__ not in vlm.WRITTEN_OUT or window:
+        if type(layer).__name__ not in vlm.WRITTEN_OUT:
+            return False
+        if getattr(layer.self_attn, "sliding_window", None):
             return False
     return True
 

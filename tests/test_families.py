@@ -121,9 +121,19 @@ def own_greedy(model, processor, text, image, length):
     return ids[0, inputs["input_ids"].shape[1] :].tolist()
 
 
+@pytest.fixture
+def livelier(loaded):
+    """The same with twice the LoRA, which answers two tweets in two ways."""
+    trained = [parameter for parameter in loaded[1].parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        torch._foreach_mul_(trained, 2)
+        yield loaded
+        torch._foreach_mul_(trained, 0.5)
+
+
 @pytest.mark.parametrize("static", [False, True])
-def test_greedy_tokens_equal_generate(loaded, static, found):
-    name, model, processor, items = loaded
+def test_greedy_tokens_equal_generate(livelier, static, found):
+    name, model, processor, items = livelier
     ours = rollout.generate(model, processor, items, n=2, max_new_tokens=40, temperature=0.0, static=static)
     for (text, image), samples in zip(items, ours, strict=True):
         wanted = own_greedy(model, processor, text, image, 40)

@@ -205,7 +205,7 @@ FAULTS = [
         [],
         IMAGE_TOKENS,
         2,
-        "4 image tokens in the prompt, 8 image features: the processor does not belong to this model",
+        "4 image tokens in the prompt, 8 image features: the processor does not belong to this qwen2_5",
     ),
     ("04_grpo", [], APART, 2, r"KL is .* before the first update, expected at most 0"),
     ("03_sft", [], STILL, 2, r"the first update changed no weight \(gradient norm .*\): --lr is too small"),

@@ -12,9 +12,17 @@ from functools import partial
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lib import vlm
+from lib.products import PRODUCTS, few_rows_linear, linear
+
+# Of a layer its products are kept for the backward pass; all else is cheap, and computed again.
+KEEP_PRODUCTS = {
+    "use_reentrant": False,
+    "preserve_rng_state": False,  # there is no dropout
+    "context_fn": partial(create_selective_checkpoint_contexts, PRODUCTS),
+}
 
 
 def written_out(model, few_rows=False):
@@ -25,8 +33,8 @@ def written_out(model, few_rows=False):
     dropout; in families of another form.
     few_rows: without gradients, weights laid out for the products of decoding, the head's too.
 
-    It costs the memory of the linear layers' weights once more (few_rows: and of the head's), until it is
-    gone and the backward pass has run. The model is untouched: merging and unmerging would let it drift.
+    Weights are folded layer by layer, and again for the backward pass; few_rows: once, which costs the memory
+    of all of them and the head. The model is untouched: merging and unmerging would let it drift.
     """
     base = vlm.base_model(model)
     decoder = base.model.language_model
@@ -62,7 +70,7 @@ class WrittenOut:
         self.rotary = decoder.rotary_emb
         self.norm = decoder.norm
         self.layers = [Layer(layer, few_rows) for layer in decoder.layers]
-        self.head = _few_rows(base.lm_head.weight, base.lm_head.bias) if few_rows else base.lm_head
+        self.head = few_rows_linear(base.lm_head.weight, base.lm_head.bias) if few_rows else base.lm_head
 
     def __call__(self, inputs, layout, wanted=None):
         """vlm.decoder_inputs or vlm.token_inputs of N rows → last hidden state [N, L, D] under a layout's
@@ -75,7 +83,9 @@ class WrittenOut:
         sin = sin[:, None]
         added = inputs.get("deepstack_visual_embeds", ())
         for i, layer in enumerate(self.layers):
-            last = layer is self.layers[-1]
+            last = i + 1 == len(self.layers)
+            if torch.is_grad_enabled():
+                layer = partial(checkpoint, layer, **KEEP_PRODUCTS)
             x = layer(x, cos, sin, partial(layout, i), wanted if last else None)
             if i < len(added):
                 x = x + added[i].view_as(x)
@@ -93,11 +103,11 @@ class Layer:
         self.norms = layer.input_layernorm, layer.post_attention_layernorm
         self.query_norm = getattr(attention, "q_norm", torch.nn.Identity())  # Qwen3-VL
         self.key_norm = getattr(attention, "k_norm", torch.nn.Identity())
-        inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
-        self.query_key_value = _folded(inputs, few_rows)
-        self.out = _folded([attention.o_proj], few_rows)
-        self.gate_up = _folded([mlp.gate_proj, mlp.up_proj], few_rows)
-        self.down = _folded([mlp.down_proj], few_rows)
+        product = _few_rows if few_rows else Folded
+        self.query_key_value = product([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.out = product([attention.o_proj])
+        self.gate_up = product([mlp.gate_proj, mlp.up_proj])
+        self.down = product([mlp.down_proj])
         self.activation = mlp.act_fn
 
     def __call__(self, x, cos, sin, attend, wanted):
@@ -126,36 +136,42 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, x.roll(half, -1), sin)
 
 
-def _folded(modules, few_rows):
-    """x → the outputs of these linear layers behind each other, in one product."""
-    weights = []
-    biases = []
-    for module in modules:
-        plain = module.get_base_layer() if isinstance(module, LoraLayer) else module
-        weights.append(plain.weight.detach())
-        if plain.bias is not None:
-            biases.append(plain.bias.detach())
-    assert len(biases) in (0, len(modules)), "some of these layers have a bias, and some none"
-    weight = torch.cat(weights)  # a copy
-    bias = torch.cat(biases) if biases else None
-    lora = []
-    factors = []  # A and B of each of `lora`
-    start = 0
-    for module in modules:
-        end = start + module.out_features
-        for name in _active(module):
-            down = module.lora_A[name].weight  # A [r, in]
-            up = module.lora_B[name].weight  # B [out, r]
-            scale = module.scaling[name]
+def _few_rows(modules):
+    """The same for decoding: folded once."""
+    return few_rows_linear(*Folded(modules).fold())
+
+
+class Folded:
+    """x → the outputs of linear layers behind each other, in one product; LoRA as it is active now."""
+
+    def __init__(self, modules):
+        self.weights = []
+        self.biases = []
+        self.lora = []  # of each pair of factors: its first output, its last + 1, its scale
+        self.factors = []  # A and B of each of `lora`
+        start = 0
+        for module in modules:
+            plain = module.get_base_layer() if isinstance(module, LoraLayer) else module
+            self.weights.append(plain.weight.detach())
+            if plain.bias is not None:
+                self.biases.append(plain.bias.detach())
+            end = start + module.out_features
+            for name in _active(module):
+                self.lora.append((start, end, module.scaling[name]))
+                self.factors += [module.lora_A[name].weight, module.lora_B[name].weight]
+            start = end
+        assert len(self.biases) in (0, len(modules)), "some of these layers have a bias, and some none"
+
+    def fold(self):
+        """→ weight [out, in], a copy, bias [out] or None."""
+        weight = torch.cat(self.weights)
+        pairs = zip(self.lora, self.factors[::2], self.factors[1::2], strict=True)
+        for (start, end, scale), down, up in pairs:
             weight[start:end].addmm_(up.detach(), down.detach(), alpha=scale)
-            lora.append((start, end, scale))
-            factors += [down, up]
-        start = end
-    if few_rows:
-        return _few_rows(weight, bias)
-    if not factors or not torch.is_grad_enabled():
-        return partial(linear, weight=weight, bias=bias)
-    return lambda x: FoldedLinear.apply(x, weight, bias, lora, *factors)
+        return weight, torch.cat(self.biases) if self.biases else None
+
+    def __call__(self, x):
+        return FoldedLinear.apply(x, *self.fold(), self.lora, *self.factors)
 
 
 def _active(module):
@@ -181,7 +197,7 @@ class FoldedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, *factors = ctx.saved_tensors
-        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        grad_x = linear(grad, weight.t()) if ctx.needs_input_grad[0] else None
         grad = grad.flatten(0, -2)  # [R, out]
         x = x.flatten(0, -2)  # [R, in]
         slopes = []
@@ -194,12 +210,3 @@ class FoldedLinear(torch.autograd.Function):
             slopes.append((scale * inner_slope).T @ x)
             slopes.append(part.T @ (scale * inner))
         return grad_x, None, None, None, *slopes
-
-
-def _few_rows(weight, bias):
-    """x → linear(x, weight, bias), its weight laid out for products with few rows, which wait for memory."""
-    if torch.backends.mkldnn.is_available():
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    weight = weight.t().contiguous().t()  # stored [in, out]
-    return partial(linear, weight=weight, bias=bias)

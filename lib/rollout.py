@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch.nn.functional import linear
 from torch.nn.utils.rnn import pad_sequence
 
 import common
 from common import Stopped
 from lib import layers, vlm
 from lib.prefix import Decoding, GraphedToken, Packed, decoder, token
+from lib.products import linear
 
 VOCABULARY_TILE = 1024  # columns of [T, V] logits that are alive at once
 # tokens between two looks at which rows are done: a look waits for the GPU
@@ -366,7 +366,7 @@ class TokenLogps(torch.autograd.Function):
             total += exps.sum(-1)
             if wanted:
                 mean *= shrink[:, None]
-                mean += exps.to(tile.dtype) @ tile
+                mean += linear(exps.to(tile.dtype), tile.t())
             peak = higher
         log_total = total.log()
         logps = target - peak - log_total

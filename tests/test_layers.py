@@ -131,24 +131,59 @@ def test_transformers_layers_where_they_serve_better_or_alone(model, why, monkey
 
 
 @pytest.mark.parametrize("model", ["qwen2_5_vl"], indirect=True)
-def test_the_second_copy_goes_with_the_graph(model, monkeypatch):
-    """Without the collector of cycles: the weights are gone once the backward pass has run."""
+def test_no_folded_weight_outlives_its_layer(model, monkeypatch):
+    """Without the collector of cycles: each is gone after its product, folded again for the backward pass,
+    and gone."""
     copies = []
+    most = []
     right = layers.FoldedLinear.apply
 
     def apply(x, weight, *others):
         copies.append(weakref.ref(weight))
+        most.append(alive())
         return right(x, weight, *others)
+
+    def alive():
+        return sum(copy() is not None for copy in copies)
 
     monkeypatch.setattr(layers.FoldedLinear, "apply", apply)
     gc.disable()
     try:
         hidden = states(model, True)
-        assert all(copy() is not None for copy in copies) and len(copies) == 4 * families.LAYERS
+        assert len(copies) == 4 * families.LAYERS and max(most) <= 1 and not alive()
         hidden.sum().backward()
-        assert all(copy() is None for copy in copies)
+        assert len(copies) == 8 * families.LAYERS and max(most) <= 4 and not alive()
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("model", ["qwen2_5_vl", "llava"], indirect=True)
+def test_a_layer_leaves_its_products_to_the_backward_pass_and_nothing_else(model):
+    """Of what is alive between the passes: a layer's input, the outputs of its four products and attention."""
+    text = vlm.base_model(model).model.language_model.config
+    run = layers.written_out(model)
+    inputs = row(model)
+    gc.collect()
+    before = tensors_alive()
+    hidden = run(inputs, prefix.Packed([(20, [])]))
+    gc.collect()
+    held = tensors_alive() - before
+    heads = text.num_attention_heads + 2 * text.num_key_value_heads
+    head_dim = text.hidden_size // text.num_attention_heads
+    columns = 3 * text.hidden_size + heads * head_dim + 2 * text.intermediate_size + text.hidden_size
+    wanted = 4 * 20 * columns * families.LAYERS
+    small = 4 * 20 * (4 * text.hidden_size + 2 * head_dim)  # the last norm's, positions
+    assert hidden.requires_grad and wanted <= held <= wanted + small + 4 * 20 * families.LAYERS * 16
+
+
+def tensors_alive():
+    """Bytes of all storages that Python or a graph's Python part can reach."""
+    storages = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor):
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
 
 
 def test_gradients_of_a_folded_product_by_autograd():

@@ -8,6 +8,10 @@ least and the most. CPU seconds are the steadier figure on a shared machine.
     ours         lib/rollout, plain AdamW               plain        ours without the shared prefix
     engine       ours through DeepSpeed, as 04          trl-static   TRL with cache_implementation="static"
 
+    no-layers    ours with transformers' decoder layers, LoRA beside the weights
+    no-onednn    ours with MKL's products               no-tiles     ours with logits [T, V] at once
+    no-wanted    ours, the last layer everywhere        no-recompute ours, all kept for the backward pass
+
 Time is measured with the default allocator. Memory is what a step adds to the loaded model, in a run of its
 own under MALLOC_MMAP_THRESHOLD_=1000000: freed blocks of 1 MB and more go back at once, or fragmentation
 would hide the figure. In TRL's favour: on a CPU its fused head would score prompt positions too; it is held
@@ -17,6 +21,7 @@ False (our k3).
     python -m bench.bench_grpo --prompt-tokens 512 --completion-tokens 128 --group-size 8 --prompts 2
     python -m bench.bench_grpo --completion-tokens 200 --shortest 30 --prompts 2       # ragged lengths
     python -m bench.bench_grpo --ways ours engine --prompts 2                          # DeepSpeed's share
+    python -m bench.bench_grpo --ways ours no-layers no-onednn no-wanted no-recompute no-tiles --prompts 2
     python -m bench.bench_grpo --group-size 2 8 32 --prompt-tokens 128 384 --ways ours plain         # a table
     python -m bench.bench_grpo --arch llava --hidden 64 --layers 2 --heads 4 --kv-heads 2 --ffn 128 \\
         --vocab 1000 --prompt-tokens 160 --completion-tokens 16 --rounds 1             # seconds

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, LogitsProcesso
 
 import common
 from demo.base import build
-from lib import lora, rollout, training, vlm
+from lib import layers, lora, products, rollout, training, vlm
 
 PARTS = ("sampling", "reference", "policy")
 WARM_UP = 2  # tokens of the responses of the step that is not measured
@@ -137,6 +137,8 @@ def reset_peak():
 
 def measure_ours(job, args):
     """→ {"cpu", "wall", part: seconds, "added_mib"} of the second step."""
+    if job.way in WITHOUT:
+        setattr(*WITHOUT[job.way])  # for good: the process is this way's own
     model, processor = vlm.load(job.model, vlm.DTYPES[args.dtype], args.device)
     torch.manual_seed(0)
     model = lora.add_lora(model, args.lora_rank, args.lora_rank).eval()
@@ -408,10 +410,32 @@ def time_trl(trainer, clock):
     trainer._get_per_token_logps_and_entropies = timed_scoring
 
 
+def no_written_out_layers(model, few_rows=False):
+    return None
+
+
+def whole_last_layer(self, inputs, layout, wanted=None, run=layers.WrittenOut.__call__):
+    hidden = run(self, inputs, layout)
+    return hidden if wanted is None else hidden[:, wanted]
+
+
+def keep_all(layer, *inputs, **_):
+    return layer(*inputs)
+
+
+# ours less one of its parts: what of it is replaced, by what
+WITHOUT = {
+    "no-layers": (layers, "written_out", no_written_out_layers),
+    "no-onednn": (products, "ONEDNN", False),
+    "no-wanted": (layers.WrittenOut, "__call__", whole_last_layer),
+    "no-recompute": (layers, "checkpoint", keep_all),
+    "no-tiles": (rollout, "VOCABULARY_TILE", 1_000_000),
+}
 WAYS = {
     "ours": measure_ours,
     "plain": measure_ours,
     "engine": measure_ours,
     "trl": measure_trl,
     "trl-static": measure_trl,
+    **dict.fromkeys(WITHOUT, measure_ours),
 }

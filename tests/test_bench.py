@@ -2,14 +2,17 @@
 
 import copy
 import json
+from collections import Counter
 
 import pytest
 import torch
 from conftest import ARCHITECTURES, run_script
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import bench_grpo, counts, floor, shadows, steps
 from lib import lora, rollout, vlm
+from tests import families
 
 P, C, G = 160, 36, 3
 SMALL = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
@@ -196,6 +199,52 @@ def test_floor_counts_each_position_once_a_pass():
 
 def products(args, lengths):
     return floor.products(args, 100, lengths).items()
+
+
+@pytest.mark.parametrize("way", steps.WITHOUT)
+def test_ours_less_a_part_gives_the_same_by_other_means(way, tmp_path, monkeypatch):
+    """Log-probs and gradients; each replaced part is one that ours asks."""
+    families.make("llava", tmp_path)
+    model, _ = vlm.load(str(tmp_path))
+    torch.manual_seed(0)
+    model = lora.add_lora(model, 4, 8).eval()
+    size = vlm.base_model(model).lm_head.weight.shape[1]
+    prompt = vlm.Prompt(torch.randn(6, size), torch.arange(6)[None])
+    monkeypatch.setattr(rollout, "VOCABULARY_TILE", 500)  # of 1018
+    asked = counted_operations(lambda: score(model, prompt))
+    ours = score(model, prompt)
+    monkeypatch.setattr(*steps.WITHOUT[way])
+    theirs = score(model, prompt)
+    assert counted_operations(lambda: score(model, prompt)) != asked
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+def score(model, prompt):
+    """→ log-probs [2, 3], all gradients of their sum."""
+    model.zero_grad()
+    logps, _, _ = rollout.completion_logps(model, [prompt], [[[5, 6, 7], [8, 9, 10]]])
+    logps.sum().backward()
+    gradients = [p.grad.flatten() for p in model.parameters() if p.requires_grad]
+    return logps.detach(), torch.cat(gradients)
+
+
+def counted_operations(work):
+    """Counter of the operations that torch was given, and of their shapes."""
+    with Operations() as operations:
+        work()
+    return operations.found
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, operation, types, inputs=(), options=None):
+        outputs = operation(*inputs, **(options or {}))
+        self.found[operation, getattr(outputs, "shape", None)] += 1
+        return outputs
 
 
 def test_bench_runs_and_stores_every_measurement(tmp_path):

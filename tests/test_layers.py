@@ -159,7 +159,7 @@ def test_no_folded_weight_outlives_its_layer(model, monkeypatch):
 
 @pytest.mark.parametrize("model", ["qwen2_5_vl", "llava"], indirect=True)
 def test_a_layer_leaves_its_products_to_the_backward_pass_and_nothing_else(model):
-    """Of what is alive between the passes: a layer's input, the outputs of its four products and attention."""
+    """What is alive between the passes: a layer's input, the outputs of its four products and attention."""
     text = vlm.base_model(model).model.language_model.config
     run = layers.written_out(model)
     inputs = row(model)

@@ -21,8 +21,7 @@ from lib.products import PRODUCTS, few_rows_linear, linear
 KEEP_PRODUCTS = {
     "use_reentrant": False,
     "preserve_rng_state": False,  # there is no dropout
-    # the last product of a layer becomes its output, in place
-    "context_fn": partial(create_selective_checkpoint_contexts, PRODUCTS, allow_cache_entry_mutation=True),
+    "context_fn": partial(create_selective_checkpoint_contexts, PRODUCTS),
 }
 
 
@@ -128,8 +127,7 @@ class Layer:
             out = out[:, wanted]
         x = x + self.out(out)
         gate, up = self.gate_up(self.norms[1](x)).chunk(2, -1)
-        out = self.down(self.activation(gate) * up)
-        return out.add_(x)  # in place, or both would be kept; no gradient asks for the product
+        return x + self.down(self.activation(gate) * up)
 
 
 def rotate(x, cos, sin):

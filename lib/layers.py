@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 from peft.tuners.lora import LoraLayer
+from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lib import vlm
@@ -21,7 +22,8 @@ from lib.products import PRODUCTS, few_rows_linear, linear
 KEEP_PRODUCTS = {
     "use_reentrant": False,
     "preserve_rng_state": False,  # there is no dropout
-    "context_fn": partial(create_selective_checkpoint_contexts, PRODUCTS),
+    # the last product of a layer becomes its output, in place
+    "context_fn": partial(create_selective_checkpoint_contexts, PRODUCTS, allow_cache_entry_mutation=True),
 }
 
 
@@ -46,7 +48,10 @@ def written_out(model, few_rows=False):
 
 
 def _known(decoder):
-    """Whether all layers are of the written-out form; one that looks back a window is not."""
+    """Whether all layers are of the written-out form; one that looks back a window is not, nor one with
+    another activation than SwiGLU's."""
+    if decoder.config.hidden_act != "silu":
+        return False
     for layer in decoder.layers:
         if type(layer).__name__ not in vlm.WRITTEN_OUT:
             return False
@@ -108,7 +113,6 @@ class Layer:
         self.out = product([attention.o_proj])
         self.gate_up = product([mlp.gate_proj, mlp.up_proj])
         self.down = product([mlp.down_proj])
-        self.activation = mlp.act_fn
 
     def __call__(self, x, cos, sin, attend, wanted):
         """x [N, L, D], cos and sin [N, 1, L, d], attend(query, key, value) → [N, L or T, D]."""
@@ -126,14 +130,35 @@ class Layer:
             x = x[:, wanted]
             out = out[:, wanted]
         x = x + self.out(out)
-        gate, up = self.gate_up(self.norms[1](x)).chunk(2, -1)
-        return x + self.down(self.activation(gate) * up)
+        gate_up = self.gate_up(self.norms[1](x))
+        out = self.down(SwiGLU.apply(gate_up))
+        return out.add_(x)  # in place, or both would be kept; no gradient asks for the product
 
 
 def rotate(x, cos, sin):
     """Rotary positions. sin: its first half negative, so that the halves of x need only change places."""
     half = x.shape[-1] // 2
     return torch.addcmul(x * cos, x.roll(half, -1), sin)
+
+
+class SwiGLU(torch.autograd.Function):
+    """[gate | up] [..., 2F] → silu(gate) · up [..., F]. Only its input is saved, and it has one gradient."""
+
+    @staticmethod
+    def forward(ctx, gate_up):
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, -1)
+        return silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        [gate_up] = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, -1)
+        slope = torch.empty_like(gate_up)
+        of_gate, of_up = slope.chunk(2, -1)
+        torch.mul(grad, silu(gate), out=of_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=of_gate)
+        return slope
 
 
 def _few_rows(modules):
@@ -171,7 +196,9 @@ class Folded:
         return weight, torch.cat(self.biases) if self.biases else None
 
     def __call__(self, x):
-        return FoldedLinear.apply(x, *self.fold(), self.lora, *self.factors)
+        rows = x.flatten(0, -2)
+        out = FoldedLinear.apply(rows, *self.fold(), self.lora, *self.factors)
+        return out.view(*x.shape[:-1], -1)
 
 
 def _active(module):
@@ -184,7 +211,7 @@ def _active(module):
 class FoldedLinear(torch.autograd.Function):
     """linear(x, weight, bias), where `weight` has LoRA in it, with gradients of x and of LoRA's factors.
 
-    x [N, L, in], weight [out, in]. lora: of each pair of factors A [r, in], B [out', r] its first output, its
+    x [R, in], weight [out, in]. lora: of each pair of factors A [r, in], B [out', r] its first output, its
     last + 1, its scale. Of the pass only x is saved. The frozen weight has no gradient.
     """
 
@@ -198,8 +225,6 @@ class FoldedLinear(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, *factors = ctx.saved_tensors
         grad_x = linear(grad, weight.t()) if ctx.needs_input_grad[0] else None
-        grad = grad.flatten(0, -2)  # [R, out]
-        x = x.flatten(0, -2)  # [R, in]
         slopes = []
         for start, end, scale in ctx.lora:
             down = factors.pop(0)

@@ -12,7 +12,6 @@ from functools import partial
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lib import vlm
@@ -48,10 +47,7 @@ def written_out(model, few_rows=False):
 
 
 def _known(decoder):
-    """Whether all layers are of the written-out form; one that looks back a window is not, nor one with
-    another activation than SwiGLU's."""
-    if decoder.config.hidden_act != "silu":
-        return False
+    """Whether all layers are of the written-out form; one that looks back a window is not."""
     for layer in decoder.layers:
         if type(layer).__name__ not in vlm.WRITTEN_OUT:
             return False
@@ -113,6 +109,7 @@ class Layer:
         self.out = product([attention.o_proj])
         self.gate_up = product([mlp.gate_proj, mlp.up_proj])
         self.down = product([mlp.down_proj])
+        self.activation = mlp.act_fn
 
     def __call__(self, x, cos, sin, attend, wanted):
         """x [N, L, D], cos and sin [N, 1, L, d], attend(query, key, value) → [N, L or T, D]."""
@@ -131,7 +128,8 @@ class Layer:
             out = out[:, wanted]
         x = x + self.out(out)
         gate_up = self.gate_up(self.norms[1](x))
-        out = self.down(SwiGLU.apply(gate_up))
+        gate, up = gate_up.chunk(2, -1)
+        out = self.down(self.activation(gate) * up)
         return out.add_(x)  # in place, or both would be kept; no gradient asks for the product
 
 
@@ -139,26 +137,6 @@ def rotate(x, cos, sin):
     """Rotary positions. sin: its first half negative, so that the halves of x need only change places."""
     half = x.shape[-1] // 2
     return torch.addcmul(x * cos, x.roll(half, -1), sin)
-
-
-class SwiGLU(torch.autograd.Function):
-    """[gate | up] [..., 2F] → silu(gate) · up [..., F]. Only its input is saved, and it has one gradient."""
-
-    @staticmethod
-    def forward(ctx, gate_up):
-        ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, -1)
-        return silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx, grad):
-        [gate_up] = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, -1)
-        slope = torch.empty_like(gate_up)
-        of_gate, of_up = slope.chunk(2, -1)
-        torch.mul(grad, silu(gate), out=of_up)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=of_gate)
-        return slope
 
 
 def _few_rows(modules):

@@ -419,16 +419,12 @@ def whole_last_layer(self, inputs, layout, wanted=None, run=layers.WrittenOut.__
     return hidden if wanted is None else hidden[:, wanted]
 
 
-def keep_all(layer, *inputs, **_):
-    return layer(*inputs)
-
-
 # ours less one of its parts: what of it is replaced, by what
 WITHOUT = {
     "no-layers": (layers, "written_out", no_written_out_layers),
     "no-onednn": (products, "ONEDNN", False),
     "no-wanted": (layers.WrittenOut, "__call__", whole_last_layer),
-    "no-recompute": (layers, "checkpoint", keep_all),
+    "no-recompute": (layers, "RECOMPUTE_FROM", 2**60),
     "no-tiles": (rollout, "VOCABULARY_TILE", 1_000_000),
 }
 WAYS = {

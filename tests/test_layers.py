@@ -16,6 +16,12 @@ GROUPS = [(7, [5, 1]), (4, [3])]  # prompts and their responses, 20 positions
 TOLERANCE = 1e-5
 
 
+@pytest.fixture
+def recompute(monkeypatch):
+    """As in rows of the usual size."""
+    monkeypatch.setattr(layers, "RECOMPUTE_FROM", 0)
+
+
 @pytest.fixture(params=ALL)
 def model(request, tmp_path):
     """A tiny model with a LoRA that does something."""
@@ -61,8 +67,10 @@ def gradients(model, hidden):
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 
+@pytest.mark.parametrize("smallest", [0, 2**60])
 @pytest.mark.parametrize("wanted", [None, [6, 7, 6, 19]])
-def test_states_and_gradients_equal_transformers(model, wanted):
+def test_states_and_gradients_equal_transformers(model, wanted, smallest, monkeypatch):
+    monkeypatch.setattr(layers, "RECOMPUTE_FROM", smallest)
     wanted = None if wanted is None else torch.tensor(wanted)
     ours = states(model, True, wanted)
     our_gradients = gradients(model, ours)
@@ -131,7 +139,7 @@ def test_transformers_layers_where_they_serve_better_or_alone(model, why, monkey
 
 
 @pytest.mark.parametrize("model", ["qwen2_5_vl"], indirect=True)
-def test_no_folded_weight_outlives_its_layer(model, monkeypatch):
+def test_no_folded_weight_outlives_its_layer(model, monkeypatch, recompute):
     """Without the collector of cycles: each is gone after its product, folded again for the backward pass,
     and gone."""
     copies = []
@@ -158,7 +166,7 @@ def test_no_folded_weight_outlives_its_layer(model, monkeypatch):
 
 
 @pytest.mark.parametrize("model", ["qwen2_5_vl", "llava"], indirect=True)
-def test_a_layer_leaves_its_products_to_the_backward_pass_and_nothing_else(model):
+def test_a_layer_leaves_its_products_to_the_backward_pass_and_nothing_else(model, recompute):
     """What is alive between the passes: a layer's input, attention, the outputs of its first three products;
     the last is the next layer's input."""
     text = vlm.base_model(model).model.language_model.config

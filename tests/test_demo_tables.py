@@ -1,4 +1,4 @@
-"""demo/tables.py and demo/groups.py on folders written by hand, as 05 and 04 leave them."""
+"""demo/tables.py, demo/groups.py and demo/errors.py on folders written by hand, as 05 and 04 leave them."""
 
 import json
 
@@ -7,7 +7,8 @@ import torch
 from conftest import run_script, stage
 from PIL import Image
 
-from demo import groups, tables
+import common
+from demo import errors, groups, tables, world
 
 GOLD = [["Emma", "per", "Noah", "per", "couple"]]
 RIGHT = "<think>\nx\n</think>\n<answer>\n[Emma, per, Noah, per, couple]\n</answer>"  # reward 1 + 0.2·2 + 0.1
@@ -251,3 +252,46 @@ def test_groups_command(tmp_path):
     (tmp_path / "run1" / "samples.jsonl").write_text('{"step": 1, "id": "a"}\n')
     code, _, error = run_script("-m", "demo.groups", tmp_path / "run1", fails=True)
     assert code == 2 and "samples.jsonl:1: missing 'reward' (made by 04_grpo.py)" in error
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+COUPLE = world.Scene(world.Figure("person", "red"), world.Figure("person", "blue"), "heart", None, False)
+NAMES = ["Emma", "Noah"]
+CHAIN = world.chain("Emma x Noah # news", COUPLE)
+
+
+def couple(head, tail, relation="couple"):
+    return common.quintuple(head, "per", tail, "per", relation)
+
+
+@pytest.mark.parametrize(
+    ("chain", "answer", "wrong"),
+    [
+        (CHAIN, [couple(*NAMES)], "nothing: right"),
+        (CHAIN.replace("left a person", "left a child"), [], "the description of the picture"),
+        (CHAIN.replace("Emma is the person in red", "Emma is not shown"), [], "which name is which figure"),
+        (CHAIN, [couple("Emma", "Mia")], "a name that the tweet does not have"),
+        (CHAIN, [couple("Emma", "Emma")], "one name twice in a quintuple"),
+        (CHAIN, [], "how many quintuples"),
+        (CHAIN, [couple(*NAMES, "peer")], "head, tail, type or relation"),
+    ],
+)
+def test_what_an_answer_is_wrong_in(chain, answer, wrong):
+    text = common.format_response(chain, answer)
+    assert errors.kind(text, [couple(*NAMES)], NAMES, COUPLE) == wrong
+
+
+def test_errors_are_shares_and_runs_of_one_name_their_mean(tmp_path):
+    world.draw(COUPLE).save(tmp_path / "couple.png")
+    for seed, answer in {"a": [couple(*NAMES)], "b": []}.items():
+        folder = tmp_path / seed / "test-sft"
+        folder.mkdir(parents=True)
+        row = {"id": "1", "text": "Emma x Noah # news", "image": "../../couple.png"}
+        row |= {"quintuples": [couple(*NAMES)]}
+        row |= {"responses": [{"text": common.format_response(CHAIN, answer)}]}
+        (folder / "predictions.jsonl").write_text(json.dumps(row) + "\n")
+    _, printed, _ = run_script("-m", "demo.errors", tmp_path / "a/test-sft", tmp_path / "b/test-sft")
+    rows = cells(printed)
+    assert ["nothing: right", "50.0"] in rows
+    assert ["how many quintuples", "50.0"] in rows

@@ -9,7 +9,9 @@
 # ROOT      folder of everything (default runs/ablations); run again, it goes on where it stood
 # SEEDS     default "3 4 5", since 0, 1 and 2 served to choose the settings
 # PARTS     beside the five paradigms (default "figure5 table2 figure3"): table2, figure3, figure5; gain (CoT-SFT
-#           and JMERE-R1 alone for each of CLASSES and TRAIN_SEEDS); variants (VARIANTS, of variants/); rates (RATES)
+#           and JMERE-R1 alone for each of CLASSES and TRAIN_SEEDS, under settings found on seeds 0 and 1, half
+#           as long again as run.sh's: EPOCHS_GAIN, LR_GAIN, advantages not divided by the standard deviation);
+#           variants (VARIANTS, of variants/); rates (RATES)
 # UNTIL     5: the world and its chains alone, then the parts, which make what they start from
 # SIZES     groups of the sweep (default "2 4 16");  SAMPLES  responses of the vote (default 16)
 # The variables of demo/run.sh hold here too.
@@ -17,44 +19,55 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ROOT=${ROOT:-runs/ablations}
 SEEDS=${SEEDS:-3 4 5} PARTS=${PARTS-figure5 table2 figure3} SIZES=${SIZES:-2 4 16}
-CLASSES=${CLASSES:-llava qwen2_5_vl} TRAIN_SEEDS=${TRAIN_SEEDS:-0 1} RATES=${RATES:-2e-6 1e-5 3e-4}
+CLASSES=${CLASSES:-llava qwen2_5_vl} TRAIN_SEEDS=${TRAIN_SEEDS:-0 1} RATES=${RATES:-2e-6 1e-5 2e-4}
+EPOCHS_GAIN=${EPOCHS_GAIN:-1.5} LR_GAIN=${LR_GAIN:-2e-4}
 VARIANTS=${VARIANTS:-no_std batch_std gdpo token_mean rloo length_penalty papo}
 
-pair() { # FOLDER arguments of 03… → CoT-SFT, JMERE-R1 and their scores, of those that are not there yet
-  if [ ! -e "$WORK/$1/test-grpo/metrics.json" ]; then
-    mkdir -p "$WORK/$1"
-    train 03_sft.py "$1/sft" --data "$WORK/sft.jsonl" "${sft[@]}" "${@:2}"
-    evaluate "$1/test-sft" test --adapter "$WORK/$1/sft/best"
-    train 04_grpo.py "$1/grpo" --adapter "$WORK/$1/sft/best" --epochs "$EPOCHS_RL" "${rl[@]}"
-    evaluate "$1/test-grpo" test --adapter "$WORK/$1/grpo/best"
-  fi
+warm_up() { # FOLDER arguments of 03… → CoT-SFT and its score
+  mkdir -p "$WORK/$1"
+  train 03_sft.py "$1/sft" --data "$WORK/sft.jsonl" "${sft[@]}" "${@:2}"
+  evaluate "$1/test-sft" test --adapter "$WORK/$1/sft/best"
+}
+copy_of_04() { # NAME of a variant → its script
+  [ -e "04_grpo_$1.py" ] || bash variants/make.sh "$1" >&2
+  echo "04_grpo_$1.py"
 }
 gain() { # does GRPO gain, in every class and training?
-  local TRAIN_SEED class # train and evaluate see this TRAIN_SEED
+  local TRAIN_SEED class at script # train and evaluate see this TRAIN_SEED
+  script=$(copy_of_04 no_std)
   for TRAIN_SEED in $TRAIN_SEEDS; do
     for class in $CLASSES; do
-      pair "gain/$class-$TRAIN_SEED" --model "demo/base/$class"
+      at=gain/$class-$TRAIN_SEED
+      warm_up "$at" --model "demo/base/$class"
+      train "$script" "$at/grpo" --adapter "$WORK/$at/sft/best" "${rl[@]}" \
+        --epochs "$EPOCHS_GAIN" --lr "$LR_GAIN"
+      evaluate "$at/test-grpo" test --adapter "$WORK/$at/grpo/best"
     done
   done
 }
+main_run() { # CoT-SFT and JMERE-R1 of run.sh, where it was stopped before them
+  if [ ! -e "$WORK/test-grpo/metrics.json" ]; then
+    warm_up .
+    variant grpo --adapter "$WORK/sft/best"
+  fi
+}
 variants() { # each from the same warm-up
   local name
-  pair .
+  main_run
   for name in $VARIANTS; do
-    [ -e "04_grpo_$name.py" ] || bash variants/make.sh "$name"
-    variant "variant-$name" --adapter "$WORK/sft/best" # the copy of 04 that its name tells
+    variant "variant-$name" --adapter "$WORK/sft/best"
   done
 }
 rates() { # learning rates of 04
   local rate
-  pair .
+  main_run
   for rate in $RATES; do
     variant "rate-$rate" --adapter "$WORK/sft/best" --lr "$rate"
   done
 }
-variant() { # NAME arguments of 04… → its adapter and its score on the test set
+variant() { # NAME arguments of 04… → its adapter and its score on the test set; variant-X: by copy X of 04
   local script=04_grpo.py
-  [[ $1 != variant-* ]] || script=04_grpo_${1#variant-}.py
+  [[ $1 != variant-* ]] || script=$(copy_of_04 "${1#variant-}")
   train "$script" "$1" --epochs "$EPOCHS_RL" "${rl[@]}" "${@:2}"
   evaluate "test-$1" test --adapter "$WORK/$1/best"
 }

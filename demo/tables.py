@@ -5,8 +5,8 @@
 
 Reads:  WORK/*/metrics.json and predictions.jsonl of 05; for --figures also WORK/grpo/metrics.jsonl of 04.
 Writes: the tables, to the screen, each over the seeds that have all its runs, and naming what the others
-lack. --figures: the reward before, in and after GRPO, every training of the part `gain`, Figure 3 (gain by
-size of the group), Figure 5 (F1 of the vote of k responses).
+lack. --figures: of what was run, the reward before, in and after GRPO, every training of the part `gain`
+with its interval, Figure 3 (gain by size of the group), Figure 5 (F1 of the vote of k responses).
 """
 
 import argparse
@@ -261,11 +261,16 @@ def trainings(folders):
     return [run for run in runs if scored(run / "test-sft") and scored(run / "test-grpo")]
 
 
+def arch(run):
+    """The class of a training of the part `gain`."""
+    return run.name.rpartition("-")[0]
+
+
 def training_row(run):
     """{column: cell} of one training of the part `gain`."""
-    arch, _, training = run.name.rpartition("-")
     world = run.parent.parent.name.removeprefix("seed-")
-    return {"class": arch, "world": world, "training": training} | gain_row(run)
+    training = run.name.rpartition("-")[2]
+    return {"class": arch(run), "world": world, "training": training} | gain_row(run)
 
 
 def gains(runs):
@@ -296,8 +301,8 @@ def show_trainings(folders):
     if not runs:
         return
     print("\n**Every training: does GRPO gain?** (gain: JMERE-R1 − CoT-SFT; interval: paired, 95 %)\n")
-    classes = sorted({run.name.rpartition("-")[0] for run in runs})
-    rows = [count_row(name, [run for run in runs if run.name.startswith(name)]) for name in classes]
+    classes = sorted({arch(run) for run in runs})
+    rows = [count_row(name, [run for run in runs if arch(run) == name]) for name in classes]
     if len(rows) > 1:
         rows.append(count_row("both", runs))
     print_rows(rows)
@@ -311,12 +316,17 @@ def show_trainings(folders):
 def draw(folders, out):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 7.2), layout="constrained")
-    [[reward_axes, run_axes], [group_axes, vote_axes]] = figure.subplots(2, 2)
-    draw_rewards(reward_axes, [folder for folder in folders if scored(folder / "test-grpo")])
-    draw_trainings(run_axes, trainings(folders))
-    draw_group_sizes(group_axes, [folder for folder in folders if found([folder], "test-group-")])
-    draw_votes(vote_axes, [folder for folder in folders if scored(folder / "vote")])
+    panels = {
+        draw_rewards: [folder for folder in folders if scored(folder / "test-grpo")],
+        draw_trainings: trainings(folders),
+        draw_intervals: trainings(folders),
+        draw_group_sizes: [folder for folder in folders if found([folder], "test-group-")],
+        draw_votes: [folder for folder in folders if scored(folder / "vote")],
+    }
+    panels = {panel: runs for panel, runs in panels.items() if runs}
+    figure = Figure(figsize=(4 * len(panels), 3.6), layout="constrained")
+    for number, (panel, runs) in enumerate(panels.items(), 1):
+        panel(figure.add_subplot(1, len(panels), number), runs)
     for axes in figure.axes:
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
@@ -339,20 +349,34 @@ def draw_rewards(axes, folders):
 
 def draw_trainings(axes, runs):
     """Every training of the part `gain`: from CoT-SFT to JMERE-R1, dashed where it lost."""
-    classes = sorted({run.name.rpartition("-")[0] for run in runs})
+    classes = sorted({arch(run) for run in runs})
     for run in runs:
-        place = classes.index(run.name.rpartition("-")[0])
+        place = classes.index(arch(run))
         ends = [f1(run / test) for test in ("test-sft", "test-grpo")]
         style = "-o" if ends[1] > ends[0] else "--o"
         axes.plot([2 * place, 2 * place + 1], ends, style, color=f"C{place}", markersize=3)
-    ticks = [f"{name}\n{arch}" for arch in classes for name in ("CoT-SFT", "JMERE-R1")]
-    axes.set_xticks(range(len(ticks)), ticks)
-    axes.set(title="every training: a world and a seed", ylabel="test F1 (%)")
+    ticks = [f"{name}\n{name_of_class}" for name_of_class in classes for name in ("CoT-SFT", "JMERE-R1")]
+    axes.set_xticks(range(len(ticks)), ticks, fontsize=8)
+    axes.set(title=f"{len(runs)} trainings", ylabel="test F1 (%)")
+
+
+def draw_intervals(axes, runs):
+    """GRPO's gain in every training of the part `gain`, the smallest below, with its paired interval."""
+    classes = sorted({arch(run) for run in runs})
+    ordered = sorted(zip(gains(runs), runs, strict=True))
+    for row, (gain, run) in enumerate(ordered):
+        colour = f"C{classes.index(arch(run))}"
+        low, high = paired_gain(run)[0]
+        axes.plot([low, high], [row, row], color=colour)
+        axes.plot(gain, row, "o", color=colour, markersize=4)
+    axes.axvline(0, color="grey", linestyle="--")
+    axes.set_yticks([])
+    axes.set(title="GRPO's gain, 95 % over tweets", xlabel="JMERE-R1 − CoT-SFT (points of F1)")
 
 
 def draw_group_sizes(axes, folders):
     """Figure 3."""
-    sizes = group_sizes(folders) if folders else {}
+    sizes = group_sizes(folders)
     for number, folder in enumerate(folders):
         gains = [f1(folder / run) - f1(folder / "test-sft") for run in sizes.values()]
         axes.plot(range(len(sizes)), gains, "-o", color=f"C{number}", label=folder.name.replace("-", " "))
@@ -364,7 +388,7 @@ def draw_group_sizes(axes, folders):
 
 def draw_votes(axes, folders):
     """Figure 5."""
-    for name, run in VOTES.items() if folders else ():
+    for name, run in VOTES.items():
         curves = [read(folder / run, "samples")["samples"]["f1_at_k"] for folder in folders]
         responses = [k for k, _, _ in curves[0]]
         means = [100 * mean(f1 for _, f1, _ in points) for points in zip(*curves, strict=True)]

@@ -173,7 +173,14 @@ def test_command_prints_every_table_and_draws(seeds, tmp_path):
     assert ["zero-shot", "12.5 ± 17.7"] in [row[:2] for row in rows]
     assert [row[0] for row in rows if row[:1] in (["1"], ["2"])] == ["1", "2"]
     assert f"{seeds[0] / 'test-no-partial'} was not made" in printed
-    assert Image.open(tmp_path / "x.png").size == (960, 576)
+    assert Image.open(tmp_path / "x.png").size == (960, 288)
+
+
+def test_figures_of_the_gain_alone(tmp_path):
+    write_training(tmp_path / "seed-3" / "gain" / "llava-0", "NONE", "ALL")
+    write_training(tmp_path / "seed-3" / "gain" / "qwen2_5_vl-0", "HALF", "NONE")
+    tables.draw([tmp_path / "seed-3"], tmp_path / "x.png")
+    assert Image.open(tmp_path / "x.png").size == (640, 288)  # two panels: the others have no runs
 
 
 def test_what_is_missing_is_said_in_one_line(seeds, tmp_path):

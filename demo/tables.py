@@ -356,7 +356,7 @@ def draw_trainings(axes, runs):
         style = "-o" if ends[1] > ends[0] else "--o"
         axes.plot([2 * place, 2 * place + 1], ends, style, color=f"C{place}", markersize=3)
     ticks = [f"{name}\n{name_of_class}" for name_of_class in classes for name in ("CoT-SFT", "JMERE-R1")]
-    axes.set_xticks(range(len(ticks)), ticks, fontsize=8)
+    axes.set_xticks(range(len(ticks)), ticks, fontsize=7)
     axes.set(title=f"{len(runs)} trainings", ylabel="test F1 (%)")
 
 

@@ -29,7 +29,7 @@ warm_up() { # FOLDER arguments of 03… → CoT-SFT and its score
   evaluate "$1/test-sft" test --adapter "$WORK/$1/sft/best"
 }
 copy_of_04() { # NAME of a variant → its script
-  [ -e "04_grpo_$1.py" ] || bash variants/make.sh "$1" >&2
+  [ -e "04_grpo_$1.py" ] || bash variants/make.sh "$1" >&2 || return
   echo "04_grpo_$1.py"
 }
 gain() { # does GRPO gain, in every class and training?

@@ -1,23 +1,74 @@
 #!/usr/bin/env bash
-# Table 2, Figure 3 and Figure 5 of the paper in the demo's world, over seeds: the whole of demo/run.sh a
-# seed, then its variants.
+# Every table and figure of demo/RESULTS.md, over seeds: demo/run.sh a seed, then the parts that are asked for.
 #
 #   bash demo/ablations.sh                                   # seeds 3 4 5, one after the other
 #   RANKS=1 SEEDS=4 PORT=29501 bash demo/ablations.sh        # one of them, beside another
+#   UNTIL=5 PARTS=gain SEEDS="3 4 5 6 7" bash demo/ablations.sh    # without the other paradigms
 #   python -m demo.tables runs/ablations/seed-*              # then the tables of all that were run
 #
 # ROOT      folder of everything (default runs/ablations); run again, it goes on where it stood
 # SEEDS     default "3 4 5", since 0, 1 and 2 served to choose the settings
-# PARTS     beside the five paradigms (default "figure5 table2 figure3")
+# PARTS     beside the five paradigms (default "figure5 table2 figure3"): table2, figure3, figure5; gain (CoT-SFT
+#           and JMERE-R1 alone for each of CLASSES and TRAIN_SEEDS, under settings found on seeds 0 and 1, half
+#           as long again as run.sh's: EPOCHS_GAIN, LR_GAIN, advantages not divided by the standard deviation);
+#           variants (VARIANTS, of variants/); rates (RATES)
+# UNTIL     5: the world and its chains alone, then the parts, which make what they start from
 # SIZES     groups of the sweep (default "2 4 16");  SAMPLES  responses of the vote (default 16)
 # The variables of demo/run.sh hold here too.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ROOT=${ROOT:-runs/ablations}
 SEEDS=${SEEDS:-3 4 5} PARTS=${PARTS-figure5 table2 figure3} SIZES=${SIZES:-2 4 16}
+CLASSES=${CLASSES:-llava qwen2_5_vl} TRAIN_SEEDS=${TRAIN_SEEDS:-0 1} RATES=${RATES:-2e-6 1e-5 2e-4}
+EPOCHS_GAIN=${EPOCHS_GAIN:-1.5} LR_GAIN=${LR_GAIN:-2e-4}
+VARIANTS=${VARIANTS:-no_std batch_std gdpo token_mean rloo length_penalty papo}
 
-variant() { # NAME arguments of 04… → its adapter and its score on the test set
-  train 04_grpo.py "$1" --epochs "$EPOCHS_RL" "${rl[@]}" "${@:2}"
+warm_up() { # FOLDER arguments of 03… → CoT-SFT and its score
+  mkdir -p "$WORK/$1"
+  train 03_sft.py "$1/sft" --data "$WORK/sft.jsonl" "${sft[@]}" "${@:2}"
+  evaluate "$1/test-sft" test --adapter "$WORK/$1/sft/best"
+}
+copy_of_04() { # NAME of a variant → its script
+  [ -e "04_grpo_$1.py" ] || bash variants/make.sh "$1" >&2 || return
+  echo "04_grpo_$1.py"
+}
+gain() { # does GRPO gain, in every class and training?
+  local TRAIN_SEED class at script # train and evaluate see this TRAIN_SEED
+  script=$(copy_of_04 no_std)
+  for TRAIN_SEED in $TRAIN_SEEDS; do
+    for class in $CLASSES; do
+      at=gain/$class-$TRAIN_SEED
+      warm_up "$at" --model "demo/base/$class"
+      train "$script" "$at/grpo" --adapter "$WORK/$at/sft/best" "${rl[@]}" \
+        --epochs "$EPOCHS_GAIN" --lr "$LR_GAIN"
+      evaluate "$at/test-grpo" test --adapter "$WORK/$at/grpo/best"
+    done
+  done
+}
+main_run() { # CoT-SFT and JMERE-R1 of run.sh, where it was stopped before them
+  if [ ! -e "$WORK/test-grpo/metrics.json" ]; then
+    warm_up .
+    variant grpo --adapter "$WORK/sft/best"
+  fi
+}
+variants() { # each from the same warm-up
+  local name
+  main_run
+  for name in $VARIANTS; do
+    variant "variant-$name" --adapter "$WORK/sft/best"
+  done
+}
+rates() { # learning rates of 04
+  local rate
+  main_run
+  for rate in $RATES; do
+    variant "rate-$rate" --adapter "$WORK/sft/best" --lr "$rate"
+  done
+}
+variant() { # NAME arguments of 04… → its adapter and its score on the test set; variant-X: by copy X of 04
+  local script=04_grpo.py
+  [[ $1 != variant-* ]] || script=$(copy_of_04 "${1#variant-}")
+  train "$script" "$1" --epochs "$EPOCHS_RL" "${rl[@]}" "${@:2}"
   evaluate "test-$1" test --adapter "$WORK/$1/best"
 }
 table2() { # without the partial reward, without each filter

@@ -14,6 +14,7 @@
 # PORT         of DeepSpeed (default 29500): two runs at once need two
 # TRAIN, VAL, TEST   examples of each split
 # SEED         of the world and of the teacher's errors;  TRAIN_SEED  of 03, 04 and 05 (both default 0)
+# UNTIL        last step to do (default 9): 5 makes the world and the chains alone
 # EPOCHS_SFT, EPOCHS_RL, EPOCHS_ONLY_RL, SFT_LR, RL_LR, TEMPERATURE, TOKENS   what a model of two million
 #              parameters needs; the paper's values are the defaults of 03, 04 and 05. An update takes 4
 #              examples (03) or 8 (04) over all ranks; groups whose rewards are all equal are left out (by
@@ -108,6 +109,11 @@ evaluate() { # OUT DATA arguments…
     --max-new-tokens "$TOKENS" --batch-rows 40 --seed "$TRAIN_SEED" "$@" >"$WORK/$out.txt"
 }
 
+lora=(--lora-rank 32 --lora-alpha 32)
+sft=(--model "$MODEL" "${lora[@]}" --batch-size $((4 / RANKS)) --lr "$SFT_LR" --epochs "$EPOCHS_SFT")
+rl=(--data "$WORK/world/train.jsonl" --batch-size $((8 / RANKS)) --group-size 8 --skip-constant-groups
+  --log-samples-every 1 --temperature "$TEMPERATURE" --lr "$RL_LR" --schedule linear --warmup-ratio 0.1)
+
 # From here on: the commands of the README, each file named, with small numbers. 04 and 05 take the base model
 # from the adapter.
 step "4. distil (01)"
@@ -115,16 +121,15 @@ run python 01_distill.py --data "$WORK/world/train.jsonl" --out "$WORK/cot.jsonl
 
 step "5. filter (02)"
 run python 02_filter.py --cot "$WORK/cot.jsonl" --out "$WORK/sft.jsonl" --base-url "$URL"
+if [ "${UNTIL:-9}" = 5 ]; then
+  return 0 2>/dev/null || exit 0 # ablations.sh sources this file
+fi
 
 step "6. supervised warm-up (03), and the baseline that learns the answer alone"
-lora=(--lora-rank 32 --lora-alpha 32)
-sft=(--model "$MODEL" "${lora[@]}" --batch-size $((4 / RANKS)) --lr "$SFT_LR" --epochs "$EPOCHS_SFT")
 train 03_sft.py sft --data "$WORK/sft.jsonl" "${sft[@]}"
 train 03_sft.py sft-answer --data "$WORK/world/train.jsonl" --target answer "${sft[@]}"
 
 step "7. reinforcement learning (04): from the warm-up, from the baseline without thoughts, from nothing"
-rl=(--data "$WORK/world/train.jsonl" --batch-size $((8 / RANKS)) --group-size 8 --skip-constant-groups
-  --log-samples-every 1 --temperature "$TEMPERATURE" --lr "$RL_LR" --schedule linear --warmup-ratio 0.1)
 train 04_grpo.py grpo --adapter "$WORK/sft/best" --epochs "$EPOCHS_RL" "${rl[@]}"
 train 04_grpo.py grpo-answer --adapter "$WORK/sft-answer/best" --epochs "$EPOCHS_RL" "${rl[@]}"
 train 04_grpo.py only-rl --only-rl --model "$MODEL" "${lora[@]}" --epochs "$EPOCHS_ONLY_RL" "${rl[@]}"

@@ -4,8 +4,9 @@
     python -m demo.tables runs/ablations/seed-* --figures figures.png        # of several seeds: mean ± sd
 
 Reads:  WORK/*/metrics.json and predictions.jsonl of 05; for --figures also WORK/grpo/metrics.jsonl of 04.
-Writes: the tables, to the screen, each naming the run it lacks, if it does. --figures: the reward before, in
-and after GRPO, Figure 3 (gain by size of the group), Figure 5 (F1 of the vote of k responses).
+Writes: the tables, to the screen, each over the seeds that have all its runs, and naming what the others
+lack. --figures: of what was run, the reward before, in and after GRPO, every training of the part `gain`
+with its interval, Figure 3 (gain by size of the group), Figure 5 (F1 of the vote of k responses).
 """
 
 import argparse
@@ -152,21 +153,32 @@ def print_rows(rows):
         print(f"| {' | '.join(cells)} |")
 
 
-def lacks(folders, runs):
-    """The first run that some seed has no scores of, or None. runs: {row: its folder}."""
-    for run in runs.values():
-        for folder in folders:
-            if not (folder / run / "metrics.json").exists():
-                return folder / run
-    return None
+def having(folders, runs):
+    """Those seeds that have scores of each run, the others named. runs: {row: its folder}."""
+    complete = []
+    for folder in folders:
+        missing = lacking(folder, runs)
+        if missing:
+            print(f"{missing} was not made (demo/run.sh or demo/ablations.sh makes it).\n")
+        else:
+            complete.append(folder)
+    return complete
+
+
+def lacking(folder, runs):
+    """The first of a seed's runs that has no scores, or None."""
+    return next((folder / run for run in runs.values() if not scored(folder / run)), None)
+
+
+def scored(run):
+    return (run / "metrics.json").exists()
 
 
 def show(title, folders, runs, figures=scores):
     """Print one table over seeds; runs: {row: folder}. ΔF1 is against JMERE-R1 of the same seed."""
     print(f"\n**{title}**\n")
-    lacking = lacks(folders, runs)
-    if lacking:
-        print(f"{lacking} was not made (demo/run.sh or demo/ablations.sh makes it).")
+    folders = having(folders, runs)
+    if not folders:
         return
     rows = []
     for name, run in runs.items():
@@ -179,7 +191,7 @@ def show(title, folders, runs, figures=scores):
 
 
 def paired_gain(folder):
-    """GRPO's gain over CoT-SFT as 05_eval.py --compare has it → ((low, high) in points, p)."""
+    """GRPO's gain over CoT-SFT as 05_eval.py --compare has it → ([low, high] in points, p)."""
     runs = [f"{name}={folder / PARADIGMS[name]}" for name in ("CoT-SFT", "JMERE-R1")]
     settings = argparse.Namespace(compare=runs, limit=None, vote="set", tau=0.5, resamples=1000, seed=0)
     rows = compare.compare(settings).rows
@@ -188,21 +200,25 @@ def paired_gain(folder):
 
 
 def gain_row(folder):
-    """{column: cell} of one seed: what SFT and GRPO each add to the test F1 and to the test reward."""
-    zero, sft, grpo = (f1(folder / run) for run in ("test-zero", "test-sft", "test-grpo"))
+    """{column: cell} of one training: what GRPO adds to the test F1 and to the test reward."""
+    sft, grpo = (f1(folder / run) for run in ("test-sft", "test-grpo"))
     (low, high), p = paired_gain(folder)
     rewards = [reward(folder / run) for run in ("test-sft", "test-grpo")]
     return {
-        "seed": folder.name.removeprefix("seed-"),
-        "zero-shot": f"{zero:.1f}",
         "CoT-SFT": f"{sft:.1f}",
         "JMERE-R1": f"{grpo:.1f}",
-        "from SFT": share(sft - zero, grpo - zero),
-        "from GRPO": share(grpo - sft, grpo - zero),
         "GRPO's gain (95 %)": f"{grpo - sft:+.1f} ({low:.1f} … {high:.1f})",
         "p": f"{p:.3f}",
         "test reward": " → ".join(f"{value:.2f}" for value in rewards),
     }
+
+
+def seed_row(folder):
+    """{column: cell} of one seed: what SFT and GRPO each add."""
+    zero, sft, grpo = (f1(folder / run) for run in ("test-zero", "test-sft", "test-grpo"))
+    row = {"seed": folder.name.removeprefix("seed-"), "zero-shot": f"{zero:.1f}"}
+    row |= {"from SFT": share(sft - zero, grpo - zero), "from GRPO": share(grpo - sft, grpo - zero)}
+    return row | gain_row(folder)
 
 
 def share(part, whole):
@@ -212,13 +228,86 @@ def share(part, whole):
     return f"{100 * part / whole:.0f} %"
 
 
+def found(folders, prefix):
+    """{what follows the prefix: its run} of the runs that every seed has scores of."""
+    names = [{path.parent.name for path in folder.glob(f"{prefix}*/metrics.json")} for folder in folders]
+    shared = sorted(set.intersection(*names), key=lambda run: (len(run), run))  # 4 before 16
+    return {run.removeprefix(prefix): run for run in shared}
+
+
 def group_sizes(folders):
     """{size of a group: its run} of those that every seed has; 8 is the main one."""
     runs = {8: "test-grpo"}
-    for path in folders[0].glob("test-group-*"):
-        if path.is_dir():
-            runs[int(path.name.removeprefix("test-group-"))] = path.name
-    return {size: run for size, run in sorted(runs.items()) if not lacks(folders, {size: run})}
+    for size, run in found(folders, "test-group-").items():
+        runs[int(size)] = run
+    return dict(sorted(runs.items()))
+
+
+def show_sweep(title, folders, prefix, label, main_run):
+    """Print one table of all that a part of ablations.sh varied; main_run: what JMERE-R1 itself is in it."""
+    folders = [folder for folder in folders if found([folder], prefix)]
+    runs = {"CoT-SFT": "test-sft", f"JMERE-R1: {label.format(main_run)}": "test-grpo"}
+    runs |= {label.format(value): run for value, run in (found(folders, prefix) if folders else {}).items()}
+    if folders:
+        show(title, folders, runs)
+
+
+# ------------------------------------------------------------------------------------------------ the gain
+
+
+def trainings(folders):
+    """The finished trainings of the part `gain`: SEED/gain/CLASS-TRAINING_SEED."""
+    runs = [run for folder in folders for run in sorted(folder.glob("gain/*-*"))]
+    return [run for run in runs if scored(run / "test-sft") and scored(run / "test-grpo")]
+
+
+def arch(run):
+    """The class of a training of the part `gain`."""
+    return run.name.rpartition("-")[0]
+
+
+def training_row(run):
+    """{column: cell} of one training of the part `gain`."""
+    world = run.parent.parent.name.removeprefix("seed-")
+    training = run.name.rpartition("-")[2]
+    return {"class": arch(run), "world": world, "training": training} | gain_row(run)
+
+
+def gains(runs):
+    """GRPO's gain over CoT-SFT in points, of each training."""
+    return [f1(run / "test-grpo") - f1(run / "test-sft") for run in runs]
+
+
+def count_row(name, runs):
+    """{column: cell} over trainings: in how many GRPO gains, in how many beyond chance, and how much."""
+    values = gains(runs)
+    beyond = [paired_gain(run)[0] for run in runs]
+    sft, grpo = ([f1(run / test) for run in runs] for test in ("test-sft", "test-grpo"))
+    return {
+        "class": name,
+        "trainings": f"{len(runs)}",
+        "CoT-SFT": spread(sft),
+        "JMERE-R1": spread(grpo),
+        "GRPO's gain": spread(values, sign="+"),
+        "gains": f"{sum(value > 0 for value in values)} of {len(runs)}",
+        "interval above 0": f"{sum(low > 0 for low, _ in beyond)}",
+        "interval below 0": f"{sum(high < 0 for _, high in beyond)}",
+    }
+
+
+def show_trainings(folders):
+    """Print the tables of the part `gain`, if it was run: how often GRPO gains, and every training."""
+    runs = sorted(trainings(folders), key=lambda run: run.name)
+    if not runs:
+        return
+    print("\n**Every training: does GRPO gain?** (gain: JMERE-R1 − CoT-SFT; interval: paired, 95 %)\n")
+    classes = sorted({arch(run) for run in runs})
+    rows = [count_row(name, [run for run in runs if arch(run) == name]) for name in classes]
+    if len(rows) > 1:
+        rows.append(count_row("both", runs))
+    print_rows(rows)
+    print()
+    print_rows([training_row(run) for run in runs])
 
 
 # ------------------------------------------------------------------------------------------------ figures
@@ -227,11 +316,17 @@ def group_sizes(folders):
 def draw(folders, out):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    reward_axes, group_axes, vote_axes = figure.subplots(1, 3)
-    draw_rewards(reward_axes, folders)
-    draw_group_sizes(group_axes, folders)
-    draw_votes(vote_axes, folders)
+    panels = {
+        draw_rewards: [folder for folder in folders if scored(folder / "test-grpo")],
+        draw_trainings: trainings(folders),
+        draw_intervals: trainings(folders),
+        draw_group_sizes: [folder for folder in folders if found([folder], "test-group-")],
+        draw_votes: [folder for folder in folders if scored(folder / "vote")],
+    }
+    panels = {panel: runs for panel, runs in panels.items() if runs}
+    figure = Figure(figsize=(4 * len(panels), 3.6), layout="constrained")
+    for number, (panel, runs) in enumerate(panels.items(), 1):
+        panel(figure.add_subplot(1, len(panels), number), runs)
     for axes in figure.axes:
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
@@ -252,6 +347,33 @@ def draw_rewards(axes, folders):
     axes.set(ylabel=f"mean; training: of {WINDOW} updates")
 
 
+def draw_trainings(axes, runs):
+    """Every training of the part `gain`: from CoT-SFT to JMERE-R1, dashed where it lost."""
+    classes = sorted({arch(run) for run in runs})
+    for run in runs:
+        place = classes.index(arch(run))
+        ends = [f1(run / test) for test in ("test-sft", "test-grpo")]
+        style = "-o" if ends[1] > ends[0] else "--o"
+        axes.plot([2 * place, 2 * place + 1], ends, style, color=f"C{place}", markersize=3)
+    ticks = [f"{name}\n{name_of_class}" for name_of_class in classes for name in ("CoT-SFT", "JMERE-R1")]
+    axes.set_xticks(range(len(ticks)), ticks, fontsize=7)
+    axes.set(title=f"{len(runs)} trainings", ylabel="test F1 (%)")
+
+
+def draw_intervals(axes, runs):
+    """GRPO's gain in every training of the part `gain`, the smallest below, with its paired interval."""
+    classes = sorted({arch(run) for run in runs})
+    ordered = sorted(zip(gains(runs), runs, strict=True))
+    for row, (gain, run) in enumerate(ordered):
+        colour = f"C{classes.index(arch(run))}"
+        low, high = paired_gain(run)[0]
+        axes.plot([low, high], [row, row], color=colour)
+        axes.plot(gain, row, "o", color=colour, markersize=4)
+    axes.axvline(0, color="grey", linestyle="--")
+    axes.set_yticks([])
+    axes.set(title="GRPO's gain, 95 % over tweets", xlabel="JMERE-R1 − CoT-SFT (points of F1)")
+
+
 def draw_group_sizes(axes, folders):
     """Figure 3."""
     sizes = group_sizes(folders)
@@ -265,13 +387,12 @@ def draw_group_sizes(axes, folders):
 
 
 def draw_votes(axes, folders):
-    """Figure 5; empty where a seed has no votes."""
-    if not lacks(folders, VOTES):
-        for name, run in VOTES.items():
-            curves = [read(folder / run, "samples")["samples"]["f1_at_k"] for folder in folders]
-            responses = [k for k, _, _ in curves[0]]
-            means = [100 * mean(f1 for _, f1, _ in points) for points in zip(*curves, strict=True)]
-            axes.plot(responses, means, marker=".", label=name)
+    """Figure 5."""
+    for name, run in VOTES.items():
+        curves = [read(folder / run, "samples")["samples"]["f1_at_k"] for folder in folders]
+        responses = [k for k, _, _ in curves[0]]
+        means = [100 * mean(f1 for _, f1, _ in points) for points in zip(*curves, strict=True)]
+        axes.plot(responses, means, marker=".", label=name)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set(title="Figure 5: vote of many responses", xlabel="responses k")
@@ -293,12 +414,18 @@ def parse_args(argv=None):
 @common.exit_codes
 def main(args):
     folders = args.work
+    if not any(path for folder in folders for path in folder.glob("**/metrics.json")):
+        raise common.InputError(f"{folders[0]}: no scores to read: made by demo/run.sh")
     show("Paradigms (Tables 1 and 3)", folders, PARADIGMS)
-    print("\n**Share of the gain over zero-shot, and what GRPO adds to CoT-SFT**\n")
-    print_rows([gain_row(folder) for folder in folders])
+    shares = [seed_row(folder) for folder in folders if not lacking(folder, PARADIGMS)]
+    if shares:
+        print("\n**Share of the gain over zero-shot, and what GRPO adds to CoT-SFT**\n")
+        print_rows(shares)
+    show_trainings(folders)
     show("Ablations (Table 2)", folders, WITHOUT)
-    sizes = {f"group of {size}": run for size, run in group_sizes(folders).items()}
-    show("Size of a group (Figure 3)", folders, sizes)
+    show_sweep("Size of a group (Figure 3)", folders, "test-group-", "group of {}", "8")
+    show_sweep("Variants", folders, "test-variant-", "{}", "the paper's")
+    show_sweep("Learning rates of GRPO", folders, "test-rate-", "{}", "1e-4")
     title = "Many responses (Figure 5): temperature 0.8, most frequent set of quintuples"
     show(title, folders, VOTES, votes)
     if args.figures:

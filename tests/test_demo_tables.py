@@ -1,4 +1,4 @@
-"""demo/tables.py and demo/groups.py on folders written by hand, as 05 and 04 leave them."""
+"""demo/tables.py, demo/groups.py and demo/errors.py on folders written by hand, as 05 and 04 leave them."""
 
 import json
 
@@ -7,7 +7,8 @@ import torch
 from conftest import run_script, stage
 from PIL import Image
 
-from demo import groups, tables
+import common
+from demo import errors, groups, tables, world
 
 GOLD = [["Emma", "per", "Noah", "per", "couple"]]
 RIGHT = "<think>\nx\n</think>\n<answer>\n[Emma, per, Noah, per, couple]\n</answer>"  # reward 1 + 0.2·2 + 0.1
@@ -101,7 +102,7 @@ def test_votes_show_powers_of_two_and_the_last(tmp_path):
 
 
 def test_gain_is_shared_and_has_a_paired_bootstrap(seeds):
-    won, lost = tables.gain_row(seeds[0]), tables.gain_row(seeds[1])
+    won, lost = tables.seed_row(seeds[0]), tables.seed_row(seeds[1])
     assert [won["zero-shot"], won["CoT-SFT"], won["JMERE-R1"]] == ["25.0", "50.0", "100.0"]
     assert (won["from SFT"], won["from GRPO"]) == ("33 %", "67 %")
     assert won["GRPO's gain (95 %)"] == "+50.0 (0.0 … 100.0)"
@@ -115,6 +116,43 @@ def test_gain_is_shared_and_has_a_paired_bootstrap(seeds):
 def test_group_sizes_are_those_that_every_seed_has(seeds):
     write_run(seeds[0] / "test-group-4", 0.4, HALF)
     assert tables.group_sizes(seeds) == {2: "test-group-2", 8: "test-grpo"}
+
+
+def write_training(folder, before, after):
+    """A training of the part `gain`; before, after: the answers of CoT-SFT and JMERE-R1, by name."""
+    scores = {"ALL": (1.0, ALL), "HALF": (0.5, HALF), "NONE": (0.0, NONE)}
+    write_run(folder / "test-sft", *scores[before])
+    write_run(folder / "test-grpo", *scores[after])
+
+
+def test_gains_are_counted_over_classes_worlds_and_trainings(seeds, capsys):
+    write_training(seeds[0] / "gain" / "llava-0", "HALF", "ALL")
+    write_training(seeds[0] / "gain" / "llava-1", "NONE", "ALL")
+    write_training(seeds[1] / "gain" / "llava-0", "HALF", "HALF")
+    write_training(seeds[1] / "gain" / "qwen2_5_vl-0", "HALF", "NONE")
+    write_run(seeds[1] / "gain" / "qwen2_5_vl-1" / "test-sft", 0.5, HALF)  # not finished
+    tables.show_trainings(seeds)
+    rows = cells(capsys.readouterr().out)
+    # Of two tweets, both gained: every resample gains. One gained: a quarter of them gains nothing.
+    assert ["llava", "3", "33.3 ± 28.9", "83.3 ± 28.9", "+50.0 ± 50.0", "2 of 3", "1", "0"] in rows
+    assert ["qwen2_5_vl", "1", "50.0", "0.0", "-50.0", "0 of 1", "0", "0"] in rows
+    assert [row[1] for row in rows if row[:1] == ["both"]] == ["4"]
+    trainings = [row[:5] for row in rows if len(row) == 8 and row[1] in "12" and row[2] in "01"]
+    assert ["llava", "1", "1", "0.0", "100.0"] in trainings
+    assert len(trainings) == 4
+    assert trainings[-1] == ["qwen2_5_vl", "2", "0", "50.0", "0.0"]
+
+
+def test_a_sweep_is_shown_over_the_seeds_that_have_it(seeds, capsys):
+    for folder in seeds:
+        write_run(folder / "test-variant-rloo", 0.4, HALF)
+    write_run(seeds[0] / "test-rate-1e-5", 0.4, HALF)
+    tables.show_sweep("Variants", seeds, "test-variant-", "{}", "the paper's")
+    tables.show_sweep("Rates", seeds, "test-rate-", "{}", "1e-4")
+    rows = {row[0]: row for row in cells(capsys.readouterr().out) if row}
+    assert rows["rloo"][3] == "40.0 ± 0.0"
+    assert rows["1e-5"][3] == "40.0"
+    assert rows["JMERE-R1: 1e-4"][3] == "100.0"
 
 
 def test_command_prints_every_table_and_draws(seeds, tmp_path):
@@ -138,6 +176,13 @@ def test_command_prints_every_table_and_draws(seeds, tmp_path):
     assert Image.open(tmp_path / "x.png").size == (960, 288)
 
 
+def test_figures_of_the_gain_alone(tmp_path):
+    write_training(tmp_path / "seed-3" / "gain" / "llava-0", "NONE", "ALL")
+    write_training(tmp_path / "seed-3" / "gain" / "qwen2_5_vl-0", "HALF", "NONE")
+    tables.draw([tmp_path / "seed-3"], tmp_path / "x.png")
+    assert Image.open(tmp_path / "x.png").size == (640, 288)  # two panels: the others have no runs
+
+
 def test_what_is_missing_is_said_in_one_line(seeds, tmp_path):
     (seeds[1] / "grpo" / "metrics.jsonl").unlink()
     code, _, error = run_script("-m", "demo.tables", *seeds, "--figures", tmp_path / "x.png", fails=True)
@@ -145,7 +190,7 @@ def test_what_is_missing_is_said_in_one_line(seeds, tmp_path):
     assert "seed-2/grpo/metrics.jsonl: cannot read" in error
     code, _, error = run_script("-m", "demo.tables", tmp_path / "seed-3", fails=True)
     assert code == 2
-    assert "seed-3/test-zero/metrics.json: no scores to read" in error
+    assert "seed-3: no scores to read" in error
 
 
 # -------------------------------------------------------------------------------- demo/groups.py
@@ -214,3 +259,46 @@ def test_groups_command(tmp_path):
     (tmp_path / "run1" / "samples.jsonl").write_text('{"step": 1, "id": "a"}\n')
     code, _, error = run_script("-m", "demo.groups", tmp_path / "run1", fails=True)
     assert code == 2 and "samples.jsonl:1: missing 'reward' (made by 04_grpo.py)" in error
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+COUPLE = world.Scene(world.Figure("person", "red"), world.Figure("person", "blue"), "heart", None, False)
+NAMES = ["Emma", "Noah"]
+CHAIN = world.chain("Emma x Noah # news", COUPLE)
+
+
+def couple(head, tail, relation="couple"):
+    return common.quintuple(head, "per", tail, "per", relation)
+
+
+@pytest.mark.parametrize(
+    ("chain", "answer", "wrong"),
+    [
+        (CHAIN, [couple(*NAMES)], "nothing: right"),
+        (CHAIN.replace("left a person", "left a child"), [], "the description of the picture"),
+        (CHAIN.replace("Emma is the person in red", "Emma is not shown"), [], "which name is which figure"),
+        (CHAIN, [couple("Emma", "Mia")], "a name that the tweet does not have"),
+        (CHAIN, [couple("Emma", "Emma")], "one name twice in a quintuple"),
+        (CHAIN, [], "how many quintuples"),
+        (CHAIN, [couple(*NAMES, "peer")], "head, tail, type or relation"),
+    ],
+)
+def test_what_an_answer_is_wrong_in(chain, answer, wrong):
+    text = common.format_response(chain, answer)
+    assert errors.kind(text, [couple(*NAMES)], NAMES, COUPLE) == wrong
+
+
+def test_errors_are_shares_and_runs_of_one_name_their_mean(tmp_path):
+    world.draw(COUPLE).save(tmp_path / "couple.png")
+    for seed, answer in {"a": [couple(*NAMES)], "b": []}.items():
+        folder = tmp_path / seed / "test-sft"
+        folder.mkdir(parents=True)
+        row = {"id": "1", "text": "Emma x Noah # news", "image": "../../couple.png"}
+        row |= {"quintuples": [couple(*NAMES)]}
+        row |= {"responses": [{"text": common.format_response(CHAIN, answer)}]}
+        (folder / "predictions.jsonl").write_text(json.dumps(row) + "\n")
+    _, printed, _ = run_script("-m", "demo.errors", tmp_path / "a/test-sft", tmp_path / "b/test-sft")
+    rows = cells(printed)
+    assert ["nothing: right", "50.0"] in rows
+    assert ["how many quintuples", "50.0"] in rows

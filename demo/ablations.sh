@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every table and figure of demo/RESULTS.md, over seeds: demo/run.sh a seed, then the parts that are asked for.
+# The runs behind demo/RESULTS.md, over seeds: demo/run.sh a seed, then the parts that are asked for.
 #
 #   bash demo/ablations.sh                                   # seeds 3 4 5, one after the other
 #   RANKS=1 SEEDS=4 PORT=29501 bash demo/ablations.sh        # one of them, beside another
@@ -11,7 +11,8 @@
 # PARTS     beside the five paradigms (default "figure5 table2 figure3"): table2, figure3, figure5; gain (CoT-SFT
 #           and JMERE-R1 alone for each of CLASSES and TRAIN_SEEDS, under settings found on seeds 0 and 1, half
 #           as long again as run.sh's: EPOCHS_GAIN, LR_GAIN, advantages not divided by the standard deviation);
-#           variants (VARIANTS, of variants/); rates (RATES)
+#           variants (VARIANTS, of variants/: those of 04 that need no votes; a copy that is there already is
+#           used as it is); rates (RATES)
 # UNTIL     5: the world and its chains alone, then the parts, which make what they start from
 # SIZES     groups of the sweep (default "2 4 16");  SAMPLES  responses of the vote (default 16)
 # The variables of demo/run.sh hold here too.

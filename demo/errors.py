@@ -12,8 +12,6 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import mean
 
-from PIL import Image
-
 import common
 from demo import world
 from demo.tables import print_rows
@@ -51,13 +49,20 @@ def kind(text, gold, names, scene):
 
 
 def count(run):
-    """{kind: share of the first responses} of a folder of 05."""
+    """{kind: share of the first responses} of a folder of 05. Raises InputError."""
+    path = run / "predictions.jsonl"
     kinds = Counter()
-    for _, row in data.read_jsonl(run / "predictions.jsonl"):
+    for number, row in data.read_jsonl(path):
         gold = [common.quintuple(*q) for q in row["quintuples"]]
-        scene = world.look(Image.open(run / row["image"]))
+        picture = data.load_image(run / row["image"])
+        try:
+            scene = world.look(picture)
+        except ValueError as error:
+            raise common.InputError(f"{path}:{number}: no picture of demo/world.py ({error})") from None
         text = row["responses"][0]["text"]
         kinds[kind(text, gold, world.names_in(row["text"]), scene)] += 1
+    if not kinds:
+        raise common.InputError(f"{path}: no rows (made by 05_eval.py)")
     return {name: kinds[name] / kinds.total() for name in KINDS}
 
 

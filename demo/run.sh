@@ -14,7 +14,7 @@
 # PORT         of DeepSpeed (default 29500): two runs at once need two
 # TRAIN, VAL, TEST   examples of each split
 # SEED         of the world and of the teacher's errors;  TRAIN_SEED  of 03, 04 and 05 (both default 0)
-# UNTIL        last step to do (default 9): 5 makes the world and the chains alone
+# UNTIL        last step to do: 9 (default), or 5, which makes the world and the chains alone
 # EPOCHS_SFT, EPOCHS_RL, EPOCHS_ONLY_RL, SFT_LR, RL_LR, TEMPERATURE, TOKENS   what a model of two million
 #              parameters needs; the paper's values are the defaults of 03, 04 and 05. An update takes 4
 #              examples (03) or 8 (04) over all ranks; groups whose rewards are all equal are left out (by
@@ -38,6 +38,10 @@ stop() { # EXIT-CODE message
 case ${RANKS:=} in
   '' | 1 | 2 | 4) ;;
   *) stop 2 "RANKS=$RANKS: expected 1, 2 or 4; they share the examples of a step" ;;
+esac
+case ${UNTIL:=9} in
+  5 | 9) ;;
+  *) stop 2 "UNTIL=$UNTIL: expected 5 or 9" ;;
 esac
 [ -f "$MODEL/model.safetensors" ] || stop 2 "ARCH=$ARCH: not in $MODEL; expected llava or qwen2_5_vl"
 command -v "${CXX:-c++}" >/dev/null || stop 2 "no C++ compiler: DeepSpeed builds an operation $PACKAGES"
@@ -121,7 +125,7 @@ run python 01_distill.py --data "$WORK/world/train.jsonl" --out "$WORK/cot.jsonl
 
 step "5. filter (02)"
 run python 02_filter.py --cot "$WORK/cot.jsonl" --out "$WORK/sft.jsonl" --base-url "$URL"
-if [ "${UNTIL:-9}" = 5 ]; then
+if [ "$UNTIL" = 5 ]; then
   return 0 2>/dev/null || exit 0 # ablations.sh sources this file
 fi
 

@@ -11,6 +11,7 @@ with its interval, Figure 3 (gain by size of the group), Figure 5 (F1 of the vot
 
 import argparse
 import json
+from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -190,6 +191,7 @@ def show(title, folders, runs, figures=scores):
     print_rows(rows)
 
 
+@cache
 def paired_gain(folder):
     """GRPO's gain over CoT-SFT as 05_eval.py --compare has it → ([low, high] in points, p)."""
     runs = [f"{name}={folder / PARADIGMS[name]}" for name in ("CoT-SFT", "JMERE-R1")]
@@ -246,10 +248,11 @@ def group_sizes(folders):
 def show_sweep(title, folders, prefix, label, main_run):
     """Print one table of all that a part of ablations.sh varied; main_run: what JMERE-R1 itself is in it."""
     folders = [folder for folder in folders if found([folder], prefix)]
+    if not folders:
+        return
     runs = {"CoT-SFT": "test-sft", f"JMERE-R1: {label.format(main_run)}": "test-grpo"}
-    runs |= {label.format(value): run for value, run in (found(folders, prefix) if folders else {}).items()}
-    if folders:
-        show(title, folders, runs)
+    runs |= {label.format(value): run for value, run in found(folders, prefix).items()}
+    show(title, folders, runs)
 
 
 # ------------------------------------------------------------------------------------------------ the gain
@@ -414,7 +417,7 @@ def parse_args(argv=None):
 @common.exit_codes
 def main(args):
     folders = args.work
-    if not any(path for folder in folders for path in folder.glob("**/metrics.json")):
+    if not any(any(folder.glob("**/metrics.json")) for folder in folders):
         raise common.InputError(f"{folders[0]}: no scores to read: made by demo/run.sh")
     show("Paradigms (Tables 1 and 3)", folders, PARADIGMS)
     shares = [seed_row(folder) for folder in folders if not lacking(folder, PARADIGMS)]

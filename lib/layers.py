@@ -141,11 +141,6 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, x.roll(half, -1), sin)
 
 
-def _few_rows(modules):
-    """The same for decoding: folded once."""
-    return few_rows_linear(*Folded(modules).fold())
-
-
 class Folded:
     """x → the outputs of linear layers behind each other, in one product; LoRA as it is active now."""
 
@@ -179,6 +174,11 @@ class Folded:
         rows = x.flatten(0, -2)
         out = FoldedLinear.apply(rows, *self.fold(), self.lora, *self.factors)
         return out.view(*x.shape[:-1], -1)
+
+
+def _few_rows(modules):
+    """What Folded is, for decoding: folded once."""
+    return few_rows_linear(*Folded(modules).fold())
 
 
 def _active(module):

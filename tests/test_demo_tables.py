@@ -299,6 +299,20 @@ def test_errors_are_shares_and_runs_of_one_name_their_mean(tmp_path):
         row |= {"responses": [{"text": common.format_response(CHAIN, answer)}]}
         (folder / "predictions.jsonl").write_text(json.dumps(row) + "\n")
     _, printed, _ = run_script("-m", "demo.errors", tmp_path / "a/test-sft", tmp_path / "b/test-sft")
+    assert_errors_are_one_line(tmp_path)
     rows = cells(printed)
     assert ["nothing: right", "50.0"] in rows
     assert ["how many quintuples", "50.0"] in rows
+
+
+def assert_errors_are_one_line(folder):
+    picture = folder / "couple.png"
+    Image.new("RGB", (112, 112), "white").save(picture)
+    code, _, error = run_script("-m", "demo.errors", folder / "a/test-sft", fails=True)
+    assert code == 2 and "predictions.jsonl:1: no picture of demo/world.py" in error
+    picture.unlink()
+    code, _, error = run_script("-m", "demo.errors", folder / "a/test-sft", fails=True)
+    assert code == 2 and "couple.png: no such file" in error
+    (folder / "a/test-sft/predictions.jsonl").write_text("")
+    code, _, error = run_script("-m", "demo.errors", folder / "a/test-sft", fails=True)
+    assert code == 2 and "predictions.jsonl: no rows (made by 05_eval.py)" in error

@@ -11,8 +11,7 @@
 # PARTS     beside the five paradigms (default "figure5 table2 figure3"): table2, figure3, figure5; gain (CoT-SFT
 #           and JMERE-R1 alone for each of CLASSES and TRAIN_SEEDS, under settings found on seeds 0 and 1, half
 #           as long again as run.sh's: EPOCHS_GAIN, LR_GAIN, advantages not divided by the standard deviation);
-#           variants (VARIANTS, of variants/: those of 04 that need no votes; a copy that is there already is
-#           used as it is); rates (RATES)
+#           variants (VARIANTS, of variants/; a copy that is there already is used as it is); rates (RATES)
 # UNTIL     5: the world and its chains alone, then the parts, which make what they start from
 # SIZES     groups of the sweep (default "2 4 16");  SAMPLES  responses of the vote (default 16)
 # The variables of demo/run.sh hold here too.
@@ -22,20 +21,22 @@ ROOT=${ROOT:-runs/ablations}
 SEEDS=${SEEDS:-3 4 5} PARTS=${PARTS-figure5 table2 figure3} SIZES=${SIZES:-2 4 16}
 CLASSES=${CLASSES:-llava qwen2_5_vl} TRAIN_SEEDS=${TRAIN_SEEDS:-0 1} RATES=${RATES:-2e-6 1e-5 2e-4}
 EPOCHS_GAIN=${EPOCHS_GAIN:-1.5} LR_GAIN=${LR_GAIN:-2e-4}
-VARIANTS=${VARIANTS:-no_std batch_std gdpo token_mean rloo length_penalty papo}
+VARIANTS=${VARIANTS:-no_std batch_std gdpo token_mean rloo length_penalty papo hard_first drop_thoughts}
 
 warm_up() { # FOLDER arguments of 03… → CoT-SFT and its score
   mkdir -p "$WORK/$1"
   train 03_sft.py "$1/sft" --data "$WORK/sft.jsonl" "${sft[@]}" "${@:2}"
   evaluate "$1/test-sft" test --adapter "$WORK/$1/sft/best"
 }
-copy_of_04() { # NAME of a variant → its script
-  [ -e "04_grpo_$1.py" ] || bash variants/make.sh "$1" >&2 || return
-  echo "04_grpo_$1.py"
+copy_of() { # NAME of a variant → its script
+  local copy
+  copy=$(sed -n 's/^copy to //p' "variants/$1.diff")
+  [ -e "$copy" ] || bash variants/make.sh "$1" >&2 || return
+  echo "$copy"
 }
 gain() { # does GRPO gain, in every class and training?
   local TRAIN_SEED class at script # train and evaluate see this TRAIN_SEED
-  script=$(copy_of_04 no_std)
+  script=$(copy_of no_std)
   for TRAIN_SEED in $TRAIN_SEEDS; do
     for class in $CLASSES; do
       at=gain/$class-$TRAIN_SEED
@@ -52,11 +53,23 @@ main_run() { # CoT-SFT and JMERE-R1 of run.sh, where it was stopped before them
     variant grpo --adapter "$WORK/sft/best"
   fi
 }
-variants() { # each from the same warm-up
-  local name
+variants() { # each from the same warm-up, but drop_thoughts, which is one
+  local name script
   main_run
   for name in $VARIANTS; do
-    variant "variant-$name" --adapter "$WORK/sft/best"
+    script=$(copy_of "$name")
+    case $name in
+      drop_thoughts)
+        train "$script" sft-drop_thoughts --data "$WORK/sft.jsonl" "${sft[@]}"
+        evaluate test-variant-drop_thoughts-sft test --adapter "$WORK/sft-drop_thoughts/best"
+        variant variant-drop_thoughts --adapter "$WORK/sft-drop_thoughts/best"
+        ;;
+      hard_first)
+        evaluate votes train --adapter "$WORK/sft/best" --temperature 0.8 --samples 8
+        by "$script" variant-hard_first --adapter "$WORK/sft/best" --votes "$WORK/votes"
+        ;;
+      *) by "$script" "variant-$name" --adapter "$WORK/sft/best" ;;
+    esac
   done
 }
 rates() { # learning rates of 04
@@ -66,11 +79,12 @@ rates() { # learning rates of 04
     variant "rate-$rate" --adapter "$WORK/sft/best" --lr "$rate"
   done
 }
-variant() { # NAME arguments of 04… → its adapter and its score on the test set; variant-X: by copy X of 04
-  local script=04_grpo.py
-  [[ $1 != variant-* ]] || script=$(copy_of_04 "${1#variant-}")
-  train "$script" "$1" --epochs "$EPOCHS_RL" "${rl[@]}" "${@:2}"
-  evaluate "test-$1" test --adapter "$WORK/$1/best"
+variant() { # NAME arguments of 04… → its adapter and its score on the test set
+  by 04_grpo.py "$@"
+}
+by() { # SCRIPT, 04 or a copy; NAME; arguments…
+  train "$1" "$2" --epochs "$EPOCHS_RL" "${rl[@]}" "${@:3}"
+  evaluate "test-$2" test --adapter "$WORK/$2/best"
 }
 table2() { # without the partial reward, without each filter
   local flags name chains

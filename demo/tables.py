@@ -34,6 +34,7 @@ WITHOUT = {
     "no re-prediction filter": "test-no-reprediction",
     "no filter": "test-no-filter",
 }
+SWEEP = ("F1", "MNER F1", "reward (≤ 1.5)", "tokens")
 VOTES = {"CoT-SFT": "vote-sft", "JMERE-R1": "vote"}
 WINDOW = 8  # updates of the running mean: one batch of prompts is easier than the next
 
@@ -105,6 +106,11 @@ def scores(folder):
     }
 
 
+def sweep(folder):
+    """{column: figure} of one run among many that differ in one thing."""
+    return {name: value for name, value in scores(folder).items() if name in SWEEP}
+
+
 def votes(folder):
     """{column: figure} of one run with many responses: F1@1, F1@2, F1@4, …, and how much they differ."""
     many = read(folder, "samples")["samples"]
@@ -129,7 +135,7 @@ def spread(values, digits=1, sign=""):
 
 
 def table_row(name, folders, figures):
-    """{column: cell} of a run over its seeds. figures: `scores` or `votes`."""
+    """{column: cell} of a run over its seeds. figures: `scores`, `sweep` or `votes`."""
     runs = [figures(folder) for folder in folders]
     cells = {"test set (%)": name}
     for column, first in runs[0].items():
@@ -155,14 +161,17 @@ def print_rows(rows):
 
 
 def having(folders, runs):
-    """Those seeds that have scores of each run, the others named. runs: {row: its folder}."""
+    """Those seeds that have scores of each run; what the others lack is named. runs: {row: its folder}."""
     complete = []
+    missing = []
     for folder in folders:
-        missing = lacking(folder, runs)
-        if missing:
-            print(f"{missing} was not made (demo/run.sh or demo/ablations.sh makes it).\n")
+        lack = lacking(folder, runs)
+        if lack:
+            missing.append(f"{folder.name}/{lack.name}")
         else:
             complete.append(folder)
+    if missing:
+        print(f"Left out, not made (demo/run.sh or demo/ablations.sh makes it): {', '.join(missing)}.\n")
     return complete
 
 
@@ -184,21 +193,41 @@ def show(title, folders, runs, figures=scores):
     rows = []
     for name, run in runs.items():
         row = table_row(name, [folder / run for folder in folders], figures)
-        if figures is scores:
-            deltas = [f1(folder / run) - f1(folder / "test-grpo") for folder in folders]
-            row["ΔF1"] = "" if run == "test-grpo" else spread(deltas, sign="+")
+        if figures is sweep:
+            row["above CoT-SFT"] = above(folders, "test-sft", run)
+        if figures is not votes:
+            row["ΔF1"] = above(folders, "test-grpo", run)
         rows.append(row)
     print_rows(rows)
 
 
-@cache
 def paired_gain(folder):
-    """GRPO's gain over CoT-SFT as 05_eval.py --compare has it → ([low, high] in points, p)."""
-    runs = [f"{name}={folder / PARADIGMS[name]}" for name in ("CoT-SFT", "JMERE-R1")]
+    """GRPO's gain over CoT-SFT: paired() of the two."""
+    return paired(folder / "test-sft", folder / "test-grpo")
+
+
+@cache
+def paired(base, run):
+    """A run's gain over another on the same tweets, as 05_eval.py --compare has it → ([low, high], p).
+
+    low, high: 95 %, in points.
+    """
+    runs = [f"base={base}", f"run={run}"]
     settings = argparse.Namespace(compare=runs, limit=None, vote="set", tau=0.5, resamples=1000, seed=0)
     rows = compare.compare(settings).rows
-    scores = next(row["scores"][common.HEADLINE] for row in rows if row["name"] == "JMERE-R1")
+    scores = next(row["scores"][common.HEADLINE] for row in rows if row["name"] == "run")
     return [100 * end for end in scores["difference_95"]], scores["p"]
+
+
+def above(folders, base, run):
+    """How far a run is above another, in points: of one seed with its interval, of several ± over them."""
+    if base == run:
+        return ""
+    deltas = [f1(folder / run) - f1(folder / base) for folder in folders]
+    if len(folders) > 1:
+        return spread(deltas, sign="+")
+    low, high = paired(folders[0] / base, folders[0] / run)[0]
+    return f"{deltas[0]:+.1f} ({low:.1f} … {high:.1f})"
 
 
 def gain_row(folder):
@@ -252,7 +281,7 @@ def show_sweep(title, folders, prefix, label, main_run):
         return
     runs = {"CoT-SFT": "test-sft", f"JMERE-R1: {label.format(main_run)}": "test-grpo"}
     runs |= {label.format(value): run for value, run in found(folders, prefix).items()}
-    show(title, folders, runs)
+    show(title, folders, runs, sweep)
 
 
 # ------------------------------------------------------------------------------------------------ the gain

@@ -149,10 +149,12 @@ def test_a_sweep_is_shown_over_the_seeds_that_have_it(seeds, capsys):
     write_run(seeds[0] / "test-rate-1e-5", 0.4, HALF)
     tables.show_sweep("Variants", seeds, "test-variant-", "{}", "the paper's")
     tables.show_sweep("Rates", seeds, "test-rate-", "{}", "1e-4")
-    rows = {row[0]: row for row in cells(capsys.readouterr().out) if row}
-    assert rows["rloo"][3] == "40.0 ± 0.0"
-    assert rows["1e-5"][3] == "40.0"
-    assert rows["JMERE-R1: 1e-4"][3] == "100.0"
+    rows = {row[0]: row[1:] for row in cells(capsys.readouterr().out) if row}
+    # F1, MNER F1, reward, tokens, above CoT-SFT (50 and 50), above JMERE-R1 (100 and 0)
+    assert rows["rloo"] == ["40.0 ± 0.0", "75.0 ± 0.0", "0.75 ± 0.00", "–", "-10.0 ± 0.0", "-10.0 ± 70.7"]
+    # Of one seed the intervals: of two tweets both runs have one right, and the paper's both.
+    assert rows["1e-5"] == ["40.0", "75.0", "0.75", "–", "-10.0 (0.0 … 0.0)", "-60.0 (-100.0 … 0.0)"]
+    assert rows["JMERE-R1: 1e-4"] == ["100.0", "75.0", "1.50", "–", "+50.0 (0.0 … 100.0)", ""]
 
 
 def test_command_prints_every_table_and_draws(seeds, tmp_path):
@@ -169,10 +171,11 @@ def test_command_prints_every_table_and_draws(seeds, tmp_path):
         "–",
     ]
     assert [*start, "+0.0 ± 70.7"] in rows  # 50 points below JMERE-R1 in one seed, 50 above in the other
-    assert ["group of 2", *start[1:], "+0.0 ± 70.7"] in rows
+    group_of_2 = ["group of 2", "50.0 ± 0.0", "75.0 ± 0.0", "0.75 ± 0.00", "–", "+0.0 ± 0.0", "+0.0 ± 70.7"]
+    assert group_of_2 in rows
     assert ["zero-shot", "12.5 ± 17.7"] in [row[:2] for row in rows]
     assert [row[0] for row in rows if row[:1] in (["1"], ["2"])] == ["1", "2"]
-    assert f"{seeds[0] / 'test-no-partial'} was not made" in printed
+    assert "seed-1/test-no-partial, seed-2/test-no-partial.\n" in printed
     assert Image.open(tmp_path / "x.png").size == (960, 288)
 
 

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 import common
-from demo import tables
+from demo import measures
 from lib import data
 
 SHORT = {"VAL": "12", "TEST": "40", "EPOCHS_RL": "0.03", "EPOCHS_ONLY_RL": "0.01"}
@@ -84,7 +84,7 @@ def test_grpo_raises_the_reward_of_eight_tweets(demo):
     rewards = {}
     for _, row in data.read_jsonl(work / "test-sft" / "predictions.jsonl"):
         gold = [common.quintuple(*q) for q in row["quintuples"]]
-        rewards[row["id"]] = tables.reward_of(row["responses"][0]["text"], gold)
+        rewards[row["id"]] = measures.reward_of(row["responses"][0]["text"], gold)
     worst = sorted(rewards, key=rewards.get)[:8]
     rows = [row for _, row in data.read_jsonl(work / "world" / "test.jsonl") if row["id"] in worst]
     data.write_atomic(work / "world" / "eight.jsonl", "".join(map(data.jsonl_line, rows)))

@@ -1,4 +1,4 @@
-"""demo/tables.py, demo/groups.py and demo/errors.py on folders written by hand, as 05 and 04 leave them."""
+"""demo/measures.py, tables.py, figures.py, groups.py and errors.py on folders written by hand."""
 
 import json
 
@@ -8,7 +8,7 @@ from conftest import run_script, stage
 from PIL import Image
 
 import common
-from demo import errors, groups, tables, world
+from demo import errors, figures, groups, measures, tables, world
 
 GOLD = [["Emma", "per", "Noah", "per", "couple"]]
 RIGHT = "<think>\nx\n</think>\n<answer>\n[Emma, per, Noah, per, couple]\n</answer>"  # reward 1 + 0.2·2 + 0.1
@@ -69,19 +69,19 @@ def cells(text):
 
 def test_reward_is_the_mean_over_responses(tmp_path):
     write_run(tmp_path / "run", 0.5, {"a": [RIGHT, WRONG], "b": [RIGHT, RIGHT]})
-    assert tables.reward(tmp_path / "run") == pytest.approx(3 * 1.5 / 4)
+    assert measures.reward(tmp_path / "run") == pytest.approx(3 * 1.5 / 4)
     write_run(tmp_path / "zero", 0.5, ALL, prompt="direct")
-    assert tables.reward(tmp_path / "zero") is None
+    assert measures.reward(tmp_path / "zero") is None
 
 
 def test_row_of_one_run_has_its_interval(tmp_path):
     write_run(tmp_path / "run", 1 / 3, HALF)
-    row = tables.table_row("SFT", [tmp_path / "run"], tables.scores)
+    row = tables.table_row("SFT", [tmp_path / "run"], measures.scores)
     assert list(row.values()) == ["SFT", "33.3", "33.3", "33.3", "0.0–100.0", "75.0", "75.0", "0.75", "–"]
 
 
 def test_row_of_several_seeds_has_their_spread(seeds):
-    row = tables.table_row("JMERE-R1", [seed / "test-grpo" for seed in seeds], tables.scores)
+    row = tables.table_row("JMERE-R1", [seed / "test-grpo" for seed in seeds], measures.scores)
     assert "95 % of F1" not in row
     assert row["F1"] == "50.0 ± 70.7"  # 100 and 0
     assert row["reward (≤ 1.5)"] == "0.75 ± 1.06"
@@ -89,7 +89,7 @@ def test_row_of_several_seeds_has_their_spread(seeds):
 
 def test_votes_show_powers_of_two_and_the_last(tmp_path):
     write_run(tmp_path / "vote", 0.8, HALF)
-    row = tables.table_row("x", [tmp_path / "vote"], tables.votes)
+    row = tables.table_row("x", [tmp_path / "vote"], measures.votes)
     assert row == {
         "test set (%)": "x",
         "F1@1": "80.0",
@@ -115,7 +115,7 @@ def test_gain_is_shared_and_has_a_paired_bootstrap(seeds):
 
 def test_group_sizes_are_those_that_every_seed_has(seeds):
     write_run(seeds[0] / "test-group-4", 0.4, HALF)
-    assert tables.group_sizes(seeds) == {2: "test-group-2", 8: "test-grpo"}
+    assert measures.group_sizes(seeds) == {2: "test-group-2", 8: "test-grpo"}
 
 
 def write_training(folder, before, after):
@@ -182,7 +182,7 @@ def test_command_prints_every_table_and_draws(seeds, tmp_path):
 def test_figures_of_the_gain_alone(tmp_path):
     write_training(tmp_path / "seed-3" / "gain" / "llava-0", "NONE", "ALL")
     write_training(tmp_path / "seed-3" / "gain" / "qwen2_5_vl-0", "HALF", "NONE")
-    tables.draw([tmp_path / "seed-3"], tmp_path / "x.png")
+    figures.draw([tmp_path / "seed-3"], tmp_path / "x.png")
     assert Image.open(tmp_path / "x.png").size == (640, 288)  # two panels: the others have no runs
 
 

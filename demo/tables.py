@@ -137,7 +137,7 @@ def share(part, whole):
     """In percent, where there was something to share."""
     if whole <= 0:
         return "no gain"
-    return f"{100 * part / whole:.0f} %"
+    return f"{round(100 * part / whole)} %"
 
 
 def show_sweep(title, folders, prefix, label, main_run):

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that demo/RESULTS.md holds, from nothing: the runs, the tables, the figures.
 #
-#   bash demo/results.sh             # about HOURS hours of one core; killed, it goes on where it stood
-#   WHAT=tables bash demo/results.sh > RESULTS    # of what was run so far
+#   bash demo/results.sh                          # about six hours of one core; killed, it goes on where it stood
+#   WHAT=tables bash demo/results.sh              # the tables and figures of what was run so far
 #   WHAT=gain PORT=29501 bash demo/results.sh     # one part, beside another
 #
 # ROOT     folder of everything (default runs/ablations)

@@ -29,6 +29,7 @@ tables() {
   export PATH="$(cd "${DEMO_VENV:-.venv}/bin" && pwd):$PATH"
   python -m demo.tables "$ROOT"/seed-* --figures "$ROOT/figures.png"
   for class in llava qwen2_5_vl; do
+    compgen -G "$ROOT/seed-*/gain/$class-?/test-grpo" >/dev/null || continue # not run
     printf '\n**What the answers of %s are wrong in** (part gain)\n\n' "$class"
     python -m demo.errors "$ROOT"/seed-*/gain/"$class"-?/test-{sft,grpo}
     printf '\n**How often the standard deviation bites: %s** (part gain)\n\n' "$class"

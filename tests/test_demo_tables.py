@@ -1,10 +1,13 @@
 """demo/measures.py, tables.py, figures.py, groups.py and errors.py on folders written by hand."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import run_script, stage
+from conftest import ROOT, run_script, stage
 from PIL import Image
 
 import common
@@ -184,6 +187,16 @@ def test_figures_of_the_gain_alone(tmp_path):
     write_training(tmp_path / "seed-3" / "gain" / "qwen2_5_vl-0", "HALF", "NONE")
     figures.draw([tmp_path / "seed-3"], tmp_path / "x.png")
     assert Image.open(tmp_path / "x.png").size == (640, 288)  # two panels: the others have no runs
+
+
+def test_tables_of_what_results_sh_has_run_so_far(seeds, tmp_path):
+    """Without the part `gain` there is nothing to tell of its answers and groups."""
+    env = os.environ | {"ROOT": str(tmp_path), "WHAT": "tables", "DEMO_VENV": sys.prefix}
+    command = ["bash", str(ROOT / "demo" / "results.sh")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert "**Paradigms (Tables 1 and 3)**" in done.stdout
+    assert "part gain" not in done.stdout
+    assert (tmp_path / "figures.png").exists()
 
 
 def test_what_is_missing_is_said_in_one_line(seeds, tmp_path):

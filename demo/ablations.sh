@@ -22,6 +22,12 @@ SEEDS=${SEEDS:-3 4 5} PARTS=${PARTS-figure5 table2 figure3} SIZES=${SIZES:-2 4 1
 CLASSES=${CLASSES:-llava qwen2_5_vl} TRAIN_SEEDS=${TRAIN_SEEDS:-0 1} RATES=${RATES:-2e-6 1e-5 2e-4}
 EPOCHS_GAIN=${EPOCHS_GAIN:-1.5} LR_GAIN=${LR_GAIN:-2e-4}
 VARIANTS=${VARIANTS:-no_std batch_std gdpo token_mean rloo length_penalty papo hard_first drop_thoughts}
+for part in $PARTS; do # before hours of other runs
+  case $part in
+    table2 | figure3 | figure5 | gain | variants | rates) ;;
+    *) echo "error: PARTS: $part: expected table2, figure3, figure5, gain, variants or rates" >&2 && exit 2 ;;
+  esac
+done
 
 warm_up() { # FOLDER arguments of 03… → CoT-SFT and its score
   mkdir -p "$WORK/$1"

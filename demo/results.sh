@@ -3,7 +3,7 @@
 #
 #   bash demo/results.sh                          # about six hours of one core; killed, it goes on where it stood
 #   WHAT=tables bash demo/results.sh              # the tables and figures of what was run so far
-#   WHAT=gain PORT=29501 bash demo/results.sh     # one part, beside another
+#   WHAT=gain SEEDS=6 PORT=29501 bash demo/results.sh     # one part, beside another of other worlds
 #
 # ROOT     folder of everything (default runs/ablations)
 # WHAT     default "gain paradigms variants rates tables"
@@ -37,6 +37,12 @@ tables() {
   done
 }
 
+for part in $WHAT; do
+  case $part in
+    gain | paradigms | variants | rates | tables) ;;
+    *) echo "error: WHAT: $part: expected gain, paradigms, variants, rates or tables" >&2 && exit 2 ;;
+  esac
+done
 for part in $WHAT; do
   "$part"
 done
